@@ -150,8 +150,8 @@ class Args:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "CartPole-v1": dict(
-        total_timesteps=400_000, num_envs=32, num_steps=128, num_minibatches=8, update_epochs=2,
-        learning_rate=5e-3, gamma=0.98,
+        total_timesteps=250_000, num_envs=64, num_steps=64, num_minibatches=8, update_epochs=1,
+        learning_rate=1.5e-2, gamma=0.98, hidden=32,
     ),
     "LunarLander-v3": dict(
         total_timesteps=600_000, num_envs=16, num_steps=256, num_minibatches=16, update_epochs=4,
