@@ -525,7 +525,7 @@ def train(args: Args) -> Path:
             print(f"going on with the replay memory of {replay.size:,} transitions")
         else:
             learning_starts += saved["record"]["step"]
-            print(f"the replay memory was not saved (--save-buffer); learning waits {args.learning_starts:,} steps for it")
+            print(f"no replay memory was saved (--save-buffer): learning goes on after {args.learning_starts:,} steps")
 
     terminated = truncated = np.zeros(N, bool)
     episode_return, episode_length = np.zeros(N), np.zeros(N, int)
@@ -618,6 +618,8 @@ def train(args: Args) -> Path:
 
 # 6. Evaluation ----------------------------------------------------------------------------------
 
+EVAL_SEED = 1_000_000_000  # far from every seed that training uses
+
 
 def evaluate(args: Args, q_net: QNetwork, video_folder: Path | None = None) -> np.ndarray:
     """Undiscounted returns of greedy episodes on seeds of their own, [episodes]."""
@@ -627,7 +629,7 @@ def evaluate(args: Args, q_net: QNetwork, video_folder: Path | None = None) -> n
     q_function = q_net.numpy_q()
     returns = np.zeros(args.eval_episodes)
     for episode in range(args.eval_episodes):
-        obs, _ = env.reset(seed=args.seed * 10_000 + 5_000 if episode == 0 else None)
+        obs, _ = env.reset(seed=EVAL_SEED + args.seed if episode == 0 else None)
         done = False
         while not done:
             action = q_function(obs[None]).argmax(1)[0]
@@ -740,7 +742,7 @@ class RunRecord:
         curves: tuple[str, ...], saved: dict[str, Any] | None = None, threshold: float | None = None,
     ):  # fmt: skip
         self.args, self.name, self.total, self.state, self.curves = args, name, total, state, curves
-        self.threshold = threshold
+        self.threshold, self.columns = threshold, []
         self.script = Path(__file__).stem
         record = saved["record"] if saved else {"step": 0, "seconds": 0.0, "solved": None, "returns": [], "lengths": []}
         self.step, self.seconds, self.solved = record["step"], record["seconds"], record["solved"]
@@ -752,14 +754,12 @@ class RunRecord:
             config = {"script": self.script, "args": dataclasses.asdict(args), "device": str(device),
                       "python": platform.python_version(), "platform": platform.platform(), **versions}  # fmt: skip
             (self.folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-            rows = self._rows_until(self.step) if saved else []
-            self.csv = (self.folder / "metrics.csv").open("w", newline="")
+            if saved:
+                self._drop_rows_after(self.step)
+            self.csv = (self.folder / "metrics.csv").open("a", newline="")
         except OSError as error:
             fail(f"cannot write the run folder: {error}")
-        self.writer: csv.DictWriter | None = None
-        for row in rows:
-            self._write(row)
-        self.video_folder = self.folder / "videos" if args.capture_video else None
+        self.video_folder = self.folder / "videos" if getattr(args, "capture_video", False) else None
         self.wandb = None
         if args.track:
             try:
@@ -778,9 +778,12 @@ class RunRecord:
                 return folder
         raise OSError(f"{stem} is taken")
 
-    def _rows_until(self, step: int) -> list[dict[str, str]]:
-        with open(self.folder / "metrics.csv", newline="") as file:
-            return [row for row in csv.DictReader(file) if row["step"].isdigit() and int(row["step"]) <= step]
+    def _drop_rows_after(self, step: int) -> None:
+        """Cuts metrics.csv back to the checkpoint that is resumed."""
+        header, *rows = (self.folder / "metrics.csv").read_text().splitlines(keepends=True)
+        kept = [row for row in rows if row.endswith("\n") and int(row.split(",")[0]) <= step]
+        (self.folder / "metrics.csv.tmp").write_text("".join([header, *kept]))
+        os.replace(self.folder / "metrics.csv.tmp", self.folder / "metrics.csv")
 
     def __enter__(self) -> RunRecord:
         self.started = self.reported = time.perf_counter()
@@ -807,14 +810,19 @@ class RunRecord:
         now = time.perf_counter()
         self.seconds, sps = now - self.started, (step - self.step) / (now - self.reported)
         row: dict[str, Any] = {"step": step, "seconds": round(self.seconds, 3), "charts/SPS": round(sps)}
-        if self.returns:
-            row["charts/episodic_return"] = sum(self.returns) / len(self.returns)
-            row["charts/episodic_length"] = sum(self.lengths) / len(self.lengths)
-        else:
-            row["charts/episodic_return"] = row["charts/episodic_length"] = None
+        if "charts/episodic_return" in self.curves:  # a script without episodes has no such columns
+            row["charts/episodic_return"] = sum(self.returns) / len(self.returns) if self.returns else None
+            row["charts/episodic_length"] = sum(self.lengths) / len(self.lengths) if self.lengths else None
         row |= metrics
-        self._write(row)
-        shown = f"return {row['charts/episodic_return']:.1f}" if self.returns else ""
+        self.columns = self.columns or list(row)
+        assert list(row) == self.columns, "every report has the same metrics; None where there is nothing yet"
+        writer = csv.writer(self.csv, lineterminator="\n")
+        if self.csv.tell() == 0:
+            writer.writerow(self.columns)
+        writer.writerow(row.values())
+        self.csv.flush()
+        first = row.get(self.curves[0])  # the metric that matters most
+        shown = "" if first is None else f"{self.curves[0].split('_')[-1].split('/')[-1]} {first:.4g}"
         self.bar.set_postfix_str(shown, refresh=False)
         self.bar.update(step - self.step)
         if self.bar.disable and step * 10 // self.total > self.step * 10 // self.total:
@@ -827,18 +835,16 @@ class RunRecord:
         if now - self.saved > 20:
             self.save()
 
-    def _write(self, row: dict[str, Any]) -> None:
-        if self.writer is None:
-            self.writer = csv.DictWriter(self.csv, list(row))
-            self.writer.writeheader()
-        self.writer.writerow(row)
-        self.csv.flush()
-
     def save(self) -> None:
-        """Writes model.pt whole or not at all."""
+        """Writes model.pt whole or not at all, and never over a good one with weights that are not finite."""
+        state = self.state()
+        for name, part in state.items():
+            for tensor in part.values() if isinstance(part, dict) else ():
+                if isinstance(tensor, torch.Tensor) and not tensor.isfinite().all():
+                    fail(f"the {name} is not finite after step {self.step}; the checkpoint before it is kept", 1)
         record = {"step": self.step, "seconds": self.seconds, "solved": self.solved,
                   "returns": list(self.returns), "lengths": list(self.lengths)}  # fmt: skip
-        content = {"script": self.script, "args": dataclasses.asdict(self.args), "record": record, **self.state()}
+        content = {"script": self.script, "args": dataclasses.asdict(self.args), "record": record, **state}
         torch.save(content, self.folder / "model.pt.tmp")
         os.replace(self.folder / "model.pt.tmp", self.folder / "model.pt")
         self.saved = time.perf_counter()
@@ -904,7 +910,7 @@ class RunRecord:
             self.save()
         self.csv.close()
         if self.wandb:
-            self.wandb.finish(exit_code=0 if kind is None else 1, quiet=True)
+            self.wandb.finish(exit_code=0 if kind is None else 1)
         if kind is KeyboardInterrupt:
             fail(f"interrupted at step {self.step}; go on with --resume {self.folder}", 130)
 
