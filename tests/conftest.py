@@ -1,13 +1,25 @@
-"""Loads the scripts, which are no package: each is a file on its own."""
+"""Loads and runs the scripts, which are no package: each is a file on its own."""
 
 import importlib.util
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(
     path.relative_to(ROOT).as_posix() for folder in ("algos", "rlhf") for path in (ROOT / folder).glob("*.py")
 )
+
+# What makes a run of a script tiny: a second or two, with several reports. A script that is not named
+# here gets DEFAULT_TINY, so a new one is tested by being there.
+DEFAULT_TINY = "--total-timesteps 10000 --eval-episodes 2"
+TINY = {
+    "algos/dynamic_programming.py": "--total-timesteps 50 --eval-episodes 2",
+}
+
+# The tests of one script share its tiny run, so pytest-xdist gives them to one worker.
+each_script = pytest.mark.parametrize("script", [pytest.param(s, marks=pytest.mark.xdist_group(s)) for s in SCRIPTS])
 
 
 def load_script(path: str):
@@ -18,3 +30,28 @@ def load_script(path: str):
         sys.modules[name] = module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     return sys.modules[name]
+
+
+def tiny(script: str) -> list[str]:
+    """The flags of a tiny run."""
+    return TINY.get(script, DEFAULT_TINY).split()
+
+
+def run_script(script: str, *flags: object) -> Path | None:
+    """What `python script flags` does, without starting a process; the run folder, if it trained."""
+    module = load_script(script)
+    args = module.parse_args(module.Args, module.PRESETS, [str(flag) for flag in flags])
+    return module.evaluate_saved(args) if args.eval else module.train(args)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """trained(script) is the folder of one tiny run of the script, made when first asked for. Only read it."""
+    folders = {}
+
+    def folder_of(script: str) -> Path:
+        if script not in folders:
+            folders[script] = run_script(script, *tiny(script), "--run-dir", tmp_path_factory.mktemp("trained"))
+        return folders[script]
+
+    return folder_of
