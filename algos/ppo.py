@@ -219,7 +219,7 @@ def make_envs(env_id: str, num_envs: int) -> gym.vector.VectorEnv:
     if gym.spec(env_id).vector_entry_point is not None:  # a NumPy-vectorised version (CartPole)
         envs = gym.make_vec(env_id, num_envs, vectorization_mode="vector_entry_point")
     else:
-        envs = SyncVectorEnv([lambda: make_env(env_id)] * num_envs, autoreset_mode=AutoresetMode.NEXT_STEP)
+        envs = SyncVectorEnv([lambda: make_env(env_id)] * num_envs, copy=False, autoreset_mode=AutoresetMode.NEXT_STEP)
     assert envs.metadata["autoreset_mode"] == AutoresetMode.NEXT_STEP
     return envs
 
@@ -507,7 +507,8 @@ def train(args: Args) -> Path:
                     )
                     entropy = entropy.mean()
                     loss = pg_loss - args.ent_coef * entropy + args.vf_coef * v_loss  # Eq. 9, Schulman 2017
-                    optimizer.zero_grad(set_to_none=True)
+                    for parameter in agent.parameters():
+                        parameter.grad = None
                     loss.backward()
                     nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
                     optimizer.step()
@@ -588,8 +589,9 @@ def parse_args(cls: type, presets: dict[str, dict[str, Any]], argv: list[str] | 
         except SystemExit as stop:
             if not stop.code:  # --help
                 raise
-            box = errors.getvalue().split("│ ──")[0]  # tyro's message stands in a box above a rule
-            fail(" ".join(re.findall(r"│ (.*?) *│", box)) + "; --help lists every flag")
+            box = re.sub(r"[│─╭╮╰╯]|-{5,}", " ", errors.getvalue())  # tyro's message stands in a box,
+            message = box.partition("\n")[2].strip()  # under a title
+            fail(re.split(r"\n\s*\n", message)[0].rstrip(" .") + "; --help lists every flag")  # and above a rule
 
     args = parse(cls())
     if path := args.eval or args.resume:
@@ -636,7 +638,7 @@ def load_checkpoint(path: str) -> dict[str, Any]:
         saved = torch.load(file, map_location="cpu", weights_only=True)
         script = saved["script"]
     except Exception as error:  # whatever a damaged file makes the loader raise
-        fail(f"{file} is not a readable checkpoint: {str(error).splitlines()[0]}")
+        fail(f"{file} is not a readable checkpoint: {(str(error) or repr(error)).splitlines()[0]}")
     if script != Path(__file__).stem:
         fail(f"{file} was saved by {script}.py, not by {Path(__file__).name}")
     return saved
