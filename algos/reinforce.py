@@ -470,24 +470,21 @@ def train(args: Args) -> Path:
     obs_dim, action_space = envs.single_observation_space.shape[0], envs.single_action_space
     agent = Agent(obs_dim, action_space, args.hidden).to(device)
     learning_rates = (args.learning_rate, args.critic_learning_rate or args.learning_rate)
-    optimizers = [torch.optim.Adam(parameters, lr, eps=1e-5, fused=device.type != "mps")
-                  for parameters, lr in zip((agent.policy_parameters(), agent.critic.parameters()), learning_rates,
-                                            strict=True)]  # fmt: skip
+    groups = [{"params": agent.policy_parameters()}, {"params": list(agent.critic.parameters())}]
+    optimizer = torch.optim.Adam(groups, eps=1e-5, fused=device.type != "mps")
 
     def state() -> dict[str, Any]:
-        return {"agent": agent.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-                "rng": rng.bit_generator.state}  # fmt: skip
+        return {"agent": agent.state_dict(), "optimizer": optimizer.state_dict(), "rng": rng.bit_generator.state}
 
     if saved:
-        agent.load_state_dict(saved["agent"])
-        for optimizer, optimizer_state in zip(optimizers, saved["optimizers"], strict=True):
-            optimizer.load_state_dict(optimizer_state)
+        restore(saved, agent=agent, optimizer=optimizer)
         rng.bit_generator.state = saved["rng"]
 
-    def descend(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    def descend(loss: Tensor) -> None:
+        """One step of the network that the loss depends on; the other has no gradient and rests."""
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], args.max_grad_norm)
+        nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
         optimizer.step()
 
     threshold = gym.spec(args.env).reward_threshold
@@ -499,8 +496,8 @@ def train(args: Args) -> Path:
             if step >= args.total_timesteps:
                 break
             share = 1 - step / args.total_timesteps if args.anneal_lr else 1
-            for optimizer, lr in zip(optimizers, learning_rates, strict=True):
-                optimizer.param_groups[0]["lr"] = lr * share
+            for group, lr in zip(optimizer.param_groups, learning_rates, strict=True):
+                group["lr"] = lr * share
 
             # Play N episodes.
             rollout = play(agent, envs, env_seed, rng)
@@ -522,12 +519,12 @@ def train(args: Args) -> Path:
             logprobs, entropy = agent.logprob_entropy(b_obs, b_actions)
             pg_loss = policy_loss(logprobs, normalized(args, b_advantages), args.num_envs)
             entropy = entropy.mean()
-            descend(optimizers[0], pg_loss - args.ent_coef * entropy * len(b_obs) / args.num_envs)
+            descend(pg_loss - args.ent_coef * entropy * len(b_obs) / args.num_envs)
             v_loss = None
             if args.baseline == "value":
                 for _ in range(args.critic_epochs):
                     v_loss = value_loss(agent.value(b_obs), b_returns)
-                    descend(optimizers[1], v_loss)
+                    descend(v_loss)
 
             run.report(step, {
                 "charts/learning_rate": args.learning_rate * share, "losses/policy_loss": pg_loss.item(),
@@ -566,10 +563,11 @@ def evaluate(args: Args, agent: Agent, video_folder: Path | None = None) -> np.n
 
 def evaluate_saved(args: Args) -> None:
     """--eval: rebuilds the saved agent, plays it and prints the score."""
+    validate(args)
     saved = load_checkpoint(args.eval)
     env = make_env(args.env)
     agent = Agent(env.observation_space.shape[0], env.action_space, args.hidden)
-    agent.load_state_dict(saved["agent"])
+    restore(saved, agent=agent)
     folder = checkpoint_path(args.eval).parent
     returns = evaluate(args, agent, folder / "videos" if args.capture_video else None)
     print(f"{args.env}: {len(returns)} greedy episodes, return {returns.mean():.1f} ± {returns.std():.1f} · {folder}")
@@ -597,8 +595,9 @@ def parse_args(cls: type, presets: dict[str, dict[str, Any]], argv: list[str] | 
         except SystemExit as stop:
             if not stop.code:  # --help
                 raise
-            box = errors.getvalue().split("│ ──")[0]  # tyro's message stands in a box above a rule
-            fail(" ".join(re.findall(r"│ (.*?) *│", box)) + "; --help lists every flag")
+            box = re.sub(r"[│─╭╮╰╯]|-{5,}", " ", errors.getvalue())  # tyro's message stands in a box,
+            message = box.partition("\n")[2].strip()  # under a title
+            fail(re.split(r"\n\s*\n", message)[0].rstrip(" .") + "; --help lists every flag")  # and above a rule
 
     args = parse(cls())
     if path := args.eval or args.resume:
@@ -645,10 +644,19 @@ def load_checkpoint(path: str) -> dict[str, Any]:
         saved = torch.load(file, map_location="cpu", weights_only=True)
         script = saved["script"]
     except Exception as error:  # whatever a damaged file makes the loader raise
-        fail(f"{file} is not a readable checkpoint: {str(error).splitlines()[0]}")
+        fail(f"{file} is not a readable checkpoint: {(str(error) or repr(error)).splitlines()[0]}")
     if script != Path(__file__).stem:
         fail(f"{file} was saved by {script}.py, not by {Path(__file__).name}")
     return saved
+
+
+def restore(saved: dict[str, Any], **parts: Any) -> None:
+    """restore(saved, agent=agent) is agent.load_state_dict(saved["agent"]), or one line if it does not fit."""
+    for name, part in parts.items():
+        try:
+            part.load_state_dict(saved[name])
+        except (KeyError, RuntimeError, ValueError):
+            fail(f"the saved {name} does not fit these flags; use the environment and sizes it was trained with")
 
 
 class RunRecord:
@@ -671,6 +679,11 @@ class RunRecord:
         record = saved["record"] if saved else {"step": 0, "seconds": 0.0, "solved": None, "returns": [], "lengths": []}
         self.step, self.seconds, self.solved = record["step"], record["seconds"], record["solved"]
         self.returns, self.lengths = deque(record["returns"], 100), deque(record["lengths"], 100)
+        if args.track:
+            try:
+                import wandb
+            except ImportError:
+                fail("--track needs the package wandb: pip install wandb")
         try:
             self.folder = checkpoint_path(args.resume).parent if saved else self._new_folder()
             libraries = {"torch", "numpy", "gymnasium", "transformers", "trl"} & set(sys.modules)
@@ -687,11 +700,10 @@ class RunRecord:
         self.wandb = None
         if args.track:
             try:
-                import wandb
-            except ImportError:
-                fail("--track needs the package wandb: pip install wandb")
-            self.wandb = wandb.init(project=args.wandb_project, entity=args.wandb_entity, name=self.folder.name,
-                                    config=dataclasses.asdict(args), dir=str(self.folder))  # fmt: skip
+                self.wandb = wandb.init(project=args.wandb_project, entity=args.wandb_entity, name=self.folder.name,
+                                        config=dataclasses.asdict(args), dir=str(self.folder))  # fmt: skip
+            except wandb.Error as error:
+                fail(f"Weights & Biases: {error} WANDB_MODE=offline needs no account. Nothing was trained")
 
     def _new_folder(self) -> Path:
         stem = f"{self.name.replace('/', '-')}__{self.script}__{self.args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
@@ -704,9 +716,9 @@ class RunRecord:
 
     def _drop_rows_after(self, step: int) -> None:
         """Cuts metrics.csv back to the checkpoint that is resumed."""
-        header, *rows = (self.folder / "metrics.csv").read_text().splitlines(keepends=True)
-        kept = [row for row in rows if row.endswith("\n") and int(row.split(",")[0]) <= step]
-        (self.folder / "metrics.csv.tmp").write_text("".join([header, *kept]))
+        rows = (self.folder / "metrics.csv").read_text().splitlines(keepends=True)
+        kept = [row for row in rows[1:] if row.endswith("\n") and int(row.split(",")[0]) <= step]
+        (self.folder / "metrics.csv.tmp").write_text("".join(rows[:1] + kept))
         os.replace(self.folder / "metrics.csv.tmp", self.folder / "metrics.csv")
 
     def __enter__(self) -> RunRecord:
@@ -730,7 +742,7 @@ class RunRecord:
         """Writes one row of metrics; None stands for "nothing yet". Ends the run on a loss that is not finite."""
         for key, value in metrics.items():
             if key.startswith("losses/") and value is not None and not math.isfinite(value):
-                fail(f"{key} is {value} at step {step}; the last good checkpoint is {self.folder / 'model.pt'}", 1)
+                self._stop(f"{key} is {value} at step {step}")
         now = time.perf_counter()
         self.seconds, sps = now - self.started, (step - self.step) / (now - self.reported)
         row: dict[str, Any] = {"step": step, "seconds": round(self.seconds, 3), "charts/SPS": round(sps)}
@@ -759,13 +771,17 @@ class RunRecord:
         if now - self.saved > 20:
             self.save()
 
+    def _stop(self, reason: str) -> NoReturn:
+        file = self.folder / "model.pt"
+        fail(f"{reason}; " + (f"the last good checkpoint is {file}" if file.exists() else "nothing was saved yet"), 1)
+
     def save(self) -> None:
         """Writes model.pt whole or not at all, and never over a good one with weights that are not finite."""
         state = self.state()
         for name, part in state.items():
             for tensor in part.values() if isinstance(part, dict) else ():
                 if isinstance(tensor, torch.Tensor) and not tensor.isfinite().all():
-                    fail(f"the {name} is not finite after step {self.step}; the checkpoint before it is kept", 1)
+                    self._stop(f"the {name} is not finite at step {self.step}")
         record = {"step": self.step, "seconds": self.seconds, "solved": self.solved,
                   "returns": list(self.returns), "lengths": list(self.lengths)}  # fmt: skip
         content = {"script": self.script, "args": dataclasses.asdict(self.args), "record": record, **state}
@@ -824,6 +840,7 @@ class RunRecord:
             axis.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
         for axis in axes.flat[len(self.curves) :]:
             axis.set_visible(False)
+        figure.supxlabel("steps", fontsize=11)
         figure.suptitle(f"{self.name} · {self.script} · seed {self.args.seed}", fontsize=12)
         figure.savefig(self.folder / "curves.png", dpi=120)
         plt.close(figure)
