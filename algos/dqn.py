@@ -166,7 +166,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         gradient_steps=4, target_network_frequency=128, tau=0.02, n_step=15, reward_scale=0.05,
     ),
     "LunarLander-v3": dict(
-        total_timesteps=1_000_000, n_step=3, reward_scale=0.05,
+        total_timesteps=1_200_000, reward_scale=0.05, hidden=(128, 128),
     ),
 }  # fmt: skip
 
@@ -174,7 +174,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 def validate(args: Args) -> None:
     """Ends the program with one line if a setting makes no sense."""
     for name in ("total_timesteps", "num_envs", "buffer_size", "batch_size", "train_frequency", "gradient_steps",
-                 "target_network_frequency", "n_step", "eval_episodes", "learning_rate", "max_grad_norm"):  # fmt: skip
+                 "target_network_frequency", "n_step", "eval_episodes", "learning_rate", "max_grad_norm",
+                 "reward_scale"):  # fmt: skip
         if not getattr(args, name) > 0:
             fail(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
     for name in ("seed", "learning_starts"):
@@ -216,7 +217,7 @@ def make_envs(env_id: str, num_envs: int) -> gym.vector.VectorEnv:
     in return obs[t + 1] is always the true successor of obs[t], which bootstrapping needs.
     """
     make_env(env_id).close()  # says in one line what is wrong, if anything is
-    if gym.spec(env_id).vector_entry_point is not None:  # a NumPy-vectorised version (CartPole)
+    if num_envs > 4 and gym.spec(env_id).vector_entry_point is not None:  # a NumPy-vectorised version (CartPole)
         envs = gym.make_vec(env_id, num_envs, vectorization_mode="vector_entry_point")
     else:
         envs = SyncVectorEnv([lambda: make_env(env_id)] * num_envs, autoreset_mode=AutoresetMode.NEXT_STEP)
@@ -514,9 +515,7 @@ def train(args: Args) -> Path:
 
     learning_starts = args.learning_starts
     if saved:
-        q_net.load_state_dict(saved["q_net"])
-        target_net.load_state_dict(saved["target_net"])
-        optimizer.load_state_dict(saved["optimizer"])
+        restore(saved, q_net=q_net, target_net=target_net, optimizer=optimizer)
         updates, max_priority = saved["updates"], saved["max_priority"]
         rng.bit_generator.state = saved["rng"]
         if saved["memory"]:
@@ -642,10 +641,11 @@ def evaluate(args: Args, q_net: QNetwork, video_folder: Path | None = None) -> n
 
 def evaluate_saved(args: Args) -> None:
     """--eval: rebuilds the saved network, plays it and prints the score."""
+    validate(args)
     saved = load_checkpoint(args.eval)
     env = make_env(args.env)
     q_net = QNetwork(env.observation_space.shape[0], int(env.action_space.n), args.hidden, args.dueling)
-    q_net.load_state_dict(saved["q_net"])
+    restore(saved, q_net=q_net)
     folder = checkpoint_path(args.eval).parent
     returns = evaluate(args, q_net, folder / "videos" if args.capture_video else None)
     print(f"{args.env}: {len(returns)} greedy episodes, return {returns.mean():.1f} ± {returns.std():.1f} · {folder}")
@@ -673,8 +673,9 @@ def parse_args(cls: type, presets: dict[str, dict[str, Any]], argv: list[str] | 
         except SystemExit as stop:
             if not stop.code:  # --help
                 raise
-            box = errors.getvalue().split("│ ──")[0]  # tyro's message stands in a box above a rule
-            fail(" ".join(re.findall(r"│ (.*?) *│", box)) + "; --help lists every flag")
+            box = re.sub(r"[│─╭╮╰╯]|-{5,}", " ", errors.getvalue())  # tyro's message stands in a box,
+            message = box.partition("\n")[2].strip()  # under a title
+            fail(re.split(r"\n\s*\n", message)[0].rstrip(" .") + "; --help lists every flag")  # and above a rule
 
     args = parse(cls())
     if path := args.eval or args.resume:
@@ -721,10 +722,19 @@ def load_checkpoint(path: str) -> dict[str, Any]:
         saved = torch.load(file, map_location="cpu", weights_only=True)
         script = saved["script"]
     except Exception as error:  # whatever a damaged file makes the loader raise
-        fail(f"{file} is not a readable checkpoint: {str(error).splitlines()[0]}")
+        fail(f"{file} is not a readable checkpoint: {(str(error) or repr(error)).splitlines()[0]}")
     if script != Path(__file__).stem:
         fail(f"{file} was saved by {script}.py, not by {Path(__file__).name}")
     return saved
+
+
+def restore(saved: dict[str, Any], **parts: Any) -> None:
+    """restore(saved, agent=agent) is agent.load_state_dict(saved["agent"]), or one line if it does not fit."""
+    for name, part in parts.items():
+        try:
+            part.load_state_dict(saved[name])
+        except (KeyError, RuntimeError, ValueError):
+            fail(f"the saved {name} does not fit these flags; use the environment and sizes it was trained with")
 
 
 class RunRecord:
@@ -747,6 +757,11 @@ class RunRecord:
         record = saved["record"] if saved else {"step": 0, "seconds": 0.0, "solved": None, "returns": [], "lengths": []}
         self.step, self.seconds, self.solved = record["step"], record["seconds"], record["solved"]
         self.returns, self.lengths = deque(record["returns"], 100), deque(record["lengths"], 100)
+        if args.track:
+            try:
+                import wandb
+            except ImportError:
+                fail("--track needs the package wandb: pip install wandb")
         try:
             self.folder = checkpoint_path(args.resume).parent if saved else self._new_folder()
             libraries = {"torch", "numpy", "gymnasium", "transformers", "trl"} & set(sys.modules)
@@ -763,11 +778,10 @@ class RunRecord:
         self.wandb = None
         if args.track:
             try:
-                import wandb
-            except ImportError:
-                fail("--track needs the package wandb: pip install wandb")
-            self.wandb = wandb.init(project=args.wandb_project, entity=args.wandb_entity, name=self.folder.name,
-                                    config=dataclasses.asdict(args), dir=str(self.folder))  # fmt: skip
+                self.wandb = wandb.init(project=args.wandb_project, entity=args.wandb_entity, name=self.folder.name,
+                                        config=dataclasses.asdict(args), dir=str(self.folder))  # fmt: skip
+            except wandb.Error as error:
+                fail(f"Weights & Biases: {error} WANDB_MODE=offline needs no account. Nothing was trained")
 
     def _new_folder(self) -> Path:
         stem = f"{self.name.replace('/', '-')}__{self.script}__{self.args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
@@ -780,9 +794,9 @@ class RunRecord:
 
     def _drop_rows_after(self, step: int) -> None:
         """Cuts metrics.csv back to the checkpoint that is resumed."""
-        header, *rows = (self.folder / "metrics.csv").read_text().splitlines(keepends=True)
-        kept = [row for row in rows if row.endswith("\n") and int(row.split(",")[0]) <= step]
-        (self.folder / "metrics.csv.tmp").write_text("".join([header, *kept]))
+        rows = (self.folder / "metrics.csv").read_text().splitlines(keepends=True)
+        kept = [row for row in rows[1:] if row.endswith("\n") and int(row.split(",")[0]) <= step]
+        (self.folder / "metrics.csv.tmp").write_text("".join(rows[:1] + kept))
         os.replace(self.folder / "metrics.csv.tmp", self.folder / "metrics.csv")
 
     def __enter__(self) -> RunRecord:
@@ -806,7 +820,7 @@ class RunRecord:
         """Writes one row of metrics; None stands for "nothing yet". Ends the run on a loss that is not finite."""
         for key, value in metrics.items():
             if key.startswith("losses/") and value is not None and not math.isfinite(value):
-                fail(f"{key} is {value} at step {step}; the last good checkpoint is {self.folder / 'model.pt'}", 1)
+                self._stop(f"{key} is {value} at step {step}")
         now = time.perf_counter()
         self.seconds, sps = now - self.started, (step - self.step) / (now - self.reported)
         row: dict[str, Any] = {"step": step, "seconds": round(self.seconds, 3), "charts/SPS": round(sps)}
@@ -835,13 +849,17 @@ class RunRecord:
         if now - self.saved > 20:
             self.save()
 
+    def _stop(self, reason: str) -> NoReturn:
+        file = self.folder / "model.pt"
+        fail(f"{reason}; " + (f"the last good checkpoint is {file}" if file.exists() else "nothing was saved yet"), 1)
+
     def save(self) -> None:
         """Writes model.pt whole or not at all, and never over a good one with weights that are not finite."""
         state = self.state()
         for name, part in state.items():
             for tensor in part.values() if isinstance(part, dict) else ():
                 if isinstance(tensor, torch.Tensor) and not tensor.isfinite().all():
-                    fail(f"the {name} is not finite after step {self.step}; the checkpoint before it is kept", 1)
+                    self._stop(f"the {name} is not finite at step {self.step}")
         record = {"step": self.step, "seconds": self.seconds, "solved": self.solved,
                   "returns": list(self.returns), "lengths": list(self.lengths)}  # fmt: skip
         content = {"script": self.script, "args": dataclasses.asdict(self.args), "record": record, **state}
@@ -900,6 +918,7 @@ class RunRecord:
             axis.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
         for axis in axes.flat[len(self.curves) :]:
             axis.set_visible(False)
+        figure.supxlabel("steps", fontsize=11)
         figure.suptitle(f"{self.name} · {self.script} · seed {self.args.seed}", fontsize=12)
         figure.savefig(self.folder / "curves.png", dpi=120)
         plt.close(figure)

@@ -318,9 +318,10 @@ def test_numpy_q_equals_the_network_and_follows_it(dueling):
 
 
 def test_dueling_by_hand():
-    heads = torch.tensor([[10.0, 1.0, 2.0, 6.0]])
-    assert dqn.combine_dueling(heads).tolist() == [[8.0, 9.0, 13.0]]
-    assert dqn.combine_dueling(heads.numpy()).tolist() == [[8.0, 9.0, 13.0]]
+    heads = torch.tensor([[10.0, 1.0, 2.0, 6.0], [0.0, 30.0, 0.0, 0.0]])
+    expected = [[8.0, 9.0, 13.0], [20.0, -10.0, -10.0]]
+    assert dqn.combine_dueling(heads).tolist() == expected
+    assert dqn.combine_dueling(heads.numpy()).tolist() == expected
     assert len(dqn.QNetwork(4, 3, (8,), dueling=True).net[-1].bias) == 4
 
 
