@@ -1,0 +1,159 @@
+"""The benchmarks' instrument: a small study end to end, its results damaged in every way, and its statistics."""
+
+import gzip
+import json
+import re
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import run
+import studies
+from studies import Group, Panel, Study, Variant
+
+TINY = "--total-timesteps 4000 --num-envs 4 --num-steps 128 --eval-episodes 2"
+GOOD = Variant("good", "algos/ppo.py", "CartPole-v1", TINY)
+BAD = Variant("bad", "algos/ppo.py", "CartPole-v1", "--gamma 7")
+STUDY = Study("small", "A small study", "Does the instrument work?",
+              [Group("all", [GOOD, BAD], [Panel("charts/episodic_return", "return")])])  # fmt: skip
+
+PAGE = """# Benchmarks
+
+Prose before.
+
+<!-- results:small -->
+an old table
+<!-- /results:small -->
+
+Prose | after, with <!-- a comment -->.
+"""
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "HOME", tmp_path / "benchmarks")
+    monkeypatch.setattr(run, "PAGE", tmp_path / "benchmarks.md")
+    monkeypatch.setitem(studies.STUDIES, "small", STUDY)
+    (tmp_path / "benchmarks.md").write_text(PAGE)
+    return tmp_path
+
+
+def test_study_end_to_end(home, capsys):
+    run.main(["small", "--seeds", "3"])
+    printed = capsys.readouterr().out
+    assert "6 runs to do, 0 are there" in printed and "MISS: error: --gamma must lie in [0, 1]" in printed
+    results = {file.name: file.read_bytes() for file in (home / "benchmarks" / "results" / "small").iterdir()}
+    assert len(results) == 12  # two whole files for each run, a miss included, and nothing half-written
+
+    # What the record says is what the page says.
+    record, problem = run.read_back(STUDY, GOOD, 101)
+    assert record["command"] == f"python algos/ppo.py --env CartPole-v1 --seed 101 {TINY}" and not problem
+    assert record["summary"]["steps"] >= 4000 and record["metrics"]["step"][-1] == record["summary"]["steps"]
+    assert str(home) not in json.dumps({k: v for k, v in record.items() if k != "metrics"})
+    scores = [run.read_back(STUDY, GOOD, seed)[0]["summary"]["eval_return_mean"] for seed in (101, 102, 103)]
+    page = (home / "benchmarks.md").read_text()
+    row = next(line for line in page.splitlines() if line.startswith("| good"))
+    assert "| 3/3 |" in row and "| 0/3 |" in row
+    assert f"| {run.number(np.mean(scores))} [" in row
+    assert f"| {run.number(min(scores))} / {run.number(max(scores))} |" in row
+    assert "| 0/3 |" in next(line for line in page.splitlines() if line.startswith("| bad"))
+    assert page.count("**Miss**: bad (CartPole-v1), seed 10") == 3
+
+    # Prose stays as it is, the old table is gone, the figure is a picture.
+    before, after = page.split("<!-- results:small -->")[0], page.split("<!-- /results:small -->")[1]
+    assert before == PAGE.split("<!-- results:small -->")[0] and "an old table" not in page
+    assert after.startswith(PAGE.split("<!-- /results:small -->")[1].rstrip("\n"))
+    assert (home / "benchmarks" / "figures" / "small.png").read_bytes().startswith(b"\x89PNG")
+
+    # Damage: a truncated and a swapped metrics file, half a record; each is run again and gives the same metrics.
+    folder = home / "benchmarks" / "results" / "small"
+    csvs, jsons = sorted(folder.glob("good*.csv.gz")), sorted(folder.glob("good*.json"))
+    csvs[0].write_bytes(csvs[0].read_bytes()[:-20])
+    csvs[1].write_bytes(csvs[2].read_bytes())
+    jsons[2].write_text(jsons[2].read_text()[:100])
+    run.main(["small", "--seeds", "3", "--draw-only"])
+    assert "| good |" not in (home / "benchmarks.md").read_text()  # nothing damaged reaches the table
+    capsys.readouterr()
+    run.main(["small", "--seeds", "3"])
+    printed = capsys.readouterr().out
+    assert "good-cartpole-v1 seed 101 its two files do not belong together: run again" in printed
+    assert "good-cartpole-v1 seed 102 its two files do not belong together: run again" in printed
+    assert "good-cartpole-v1 seed 103 is damaged (JSONDecodeError): run again" in printed
+    assert "3 runs to do, 3 are there" in printed
+    again = [run.read_back(STUDY, GOOD, seed)[0]["summary"]["eval_return_mean"] for seed in (101, 102, 103)]
+    assert again == scores
+
+
+def write_result(study, variant, seed, metrics="step,a/b\n1,2\n3,4\n", **summary):
+    """A result as a run would leave it, without running anything."""
+    csv_file, json_file = run.files_of(study, variant, seed)
+    packed = run.pack(metrics)
+    record = {"command": run.command_of(variant, seed), "seed": seed, "error": None, "summary": summary,
+              "wall_seconds": 1.0, "peak_memory_mb": 10.0, "versions": {"torch": "2"},
+              "machine": {"cpu": "x", "cores": 2, "system": "y"},
+              "metrics_sha256": run.hashlib.sha256(packed).hexdigest()}  # fmt: skip
+    run.write_whole(csv_file, packed)
+    run.write_whole(json_file, json.dumps(record).encode())
+    return csv_file, json_file
+
+
+def test_what_counts_as_done(home):
+    csv_file, json_file = write_result(STUDY, GOOD, 101, eval_return_mean=1.0)
+    assert run.read_back(STUDY, GOOD, 101)[0]["metrics"]["a/b"].tolist() == [2, 4]
+    assert run.read_back(STUDY, GOOD, 102) == (None, "")
+    other = Variant(GOOD.label, GOOD.script, GOOD.env, GOOD.flags + " --gamma 0.9")
+    assert run.read_back(STUDY, other, 101) == (None, "was run with other flags")
+    csv_file.unlink()
+    assert run.read_back(STUDY, GOOD, 101) == (None, "is half finished")
+    csv_file.write_bytes(b"not gzip")
+    broken = json.loads(json_file.read_text()) | {"metrics_sha256": run.hashlib.sha256(b"not gzip").hexdigest()}
+    json_file.write_text(json.dumps(broken))
+    assert run.read_back(STUDY, GOOD, 101)[1] == "is damaged (BadGzipFile)"
+
+
+def test_lost_threshold_is_counted(home):
+    for seed, (score, solved) in enumerate([(500.0, 1.0), (400.0, 3.0), (490.0, None)], start=101):
+        write_result(STUDY, GOOD, seed, eval_return_mean=score, solved_step=solved and 10, solved_seconds=solved,
+                     steps=1000, sps=10)  # fmt: skip
+    row = run.table_row(STUDY, GOOD, run.collect(STUDY)[GOOD])
+    assert row[6:8] == ["2/3, 1 lost", "2.00 (3.00)"]
+
+
+def test_bootstrap_known_cases():
+    # Two seeds, 0 and 1: the mean of a resample is 0, 1/2 or 1 with probability 1/4, 1/2, 1/4.
+    assert [float(bound) for bound in run.bootstrap(np.array([0.0, 1.0]))] == [0.0, 1.0]
+    # Ten seeds, one of them 1: resampled means are Binomial(10, .1) / 10, with quantiles 0 and .3.
+    assert np.allclose(run.bootstrap(np.eye(10)[0]), (0.0, 0.3))
+    # Many seeds: the normal interval of the mean; and every column of a curve is treated alone.
+    values = np.random.default_rng(1).normal(5, 2, size=(400, 3))
+    low, high = run.bootstrap(values)
+    error = values.std(0) / 20
+    assert np.allclose(low, values.mean(0) - 1.96 * error, atol=0.15 * error.max())
+    assert np.allclose(high, values.mean(0) + 1.96 * error, atol=0.15 * error.max())
+
+
+def test_curves_share_the_grid_where_all_seeds_have_values():
+    runs = [([0, 10, 20], [np.nan, 1.0, 3.0]), ([5, 15, 30], [0.0, 2.0, 2.0])]
+    records = [{"error": None, "metrics": {"step": np.array(x, float), "m": np.array(y)}} for x, y in runs]
+    grid, curves = run.seed_curves(records, "m", "step")
+    assert grid[0] == 10 and grid[-1] == 20
+    assert np.allclose(curves[:, 0], [1, 1]) and np.allclose(curves[:, -1], [3, 2])
+
+
+def test_packed_metrics_keep_their_numbers():
+    packed = run.pack("step,m\n1234567,0.123456789\n2,-1.5e-07\n3,\n")
+    assert gzip.decompress(packed).decode() == "step,m\n1234567,0.12346\n2,-1.5e-07\n3,\n"
+    assert packed == run.pack("step,m\n1234567,0.123456789\n2,-1.5e-07\n3,\n")  # no time stamp inside
+
+
+def test_every_study_is_declared_completely():
+    for name, study in studies.STUDIES.items():
+        assert name == study.name and re.fullmatch(r"[a-z0-9_]+", name)
+        for variant in study.variants:
+            assert (ROOT / variant.script).is_file(), f"{name}: {variant.script} is missing"
+            assert all(files.parent.name == name for files in run.files_of(study, variant, 101))
+    envs = {variant.env for variant in studies.SCORES.variants if variant.script == "algos/ppo.py"}
+    assert {"CartPole-v1", "LunarLander-v3"} <= envs
