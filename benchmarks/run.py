@@ -29,39 +29,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from studies import ROOT, SEED, STUDIES, Group, Panel, Study, Variant
+from figure import bootstrap, draw, reward_threshold, value_of, values_of
+from studies import ROOT, SEED, STUDIES, Study, Variant
 
 HOME = ROOT / "benchmarks"  # results/ and figures/ lie here
 PAGE = ROOT / "benchmarks.md"
-COLORS = ("#2a6f97", "#d1495b", "#3a7d44", "#e09f3e", "#7b5ea7", "#17a2a2", "#8d6b4f", "#6c757d", "#e377a2", "#1b1b1e")
 Record = dict[str, Any]
 
-# 1. Statistics ----------------------------------------------------------------------------------
-
-
-def bootstrap(values: np.ndarray, draws: int = 4000) -> tuple[np.ndarray, np.ndarray]:
-    """Bounds of the 95 % percentile interval of the mean over the first axis (the seeds)."""
-    count = len(values)
-    picks = np.random.default_rng(0).multinomial(count, [1 / count] * count, size=draws)  # [draws, seeds]
-    low, high = np.percentile(picks @ values / count, [2.5, 97.5], axis=0)
-    return low, high
-
-
-def reward_threshold(env: str | None) -> float | None:
-    import gymnasium
-
-    try:
-        return gymnasium.spec(env).reward_threshold if env else None
-    except gymnasium.error.Error:
-        return None
-
-
-# 2. Results -------------------------------------------------------------------------------------
+# 1. Results -------------------------------------------------------------------------------------
 
 
 def command_of(variant: Variant, seed: int) -> str:
@@ -132,27 +112,7 @@ def collect(study: Study) -> dict[Variant, list[Record]]:
     return found
 
 
-def value_of(record: Record, key: str) -> float | None:
-    """A number of one run: a metric's column (over its last tenth, or "<column> max"), or a dotted key."""
-    column, _, how = key.partition(" ")
-    if "/" in column:
-        values = record["metrics"].get(column, np.array([]))
-        values = values[np.isfinite(values)]
-        if not len(values):
-            return None
-        return float(values.max() if how == "max" else values[-max(len(values) // 10, 1) :].mean())
-    value: Any = record["summary"] | {k: record[k] for k in ("wall_seconds", "peak_memory_mb")}
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
-    return None if value is None else float(value)
-
-
-def values_of(records: Sequence[Record], key: str) -> np.ndarray:
-    values = [value_of(record, key) for record in records if not record["error"]]
-    return np.array([value for value in values if value is not None])
-
-
-# 3. Running -------------------------------------------------------------------------------------
+# 2. Running -------------------------------------------------------------------------------------
 
 
 def cpu_name() -> str:
@@ -297,138 +257,7 @@ def short_result(record: Record) -> str:
     return "done" if mean is None else f"evaluation {mean:.4g}"
 
 
-# 4. The figure ----------------------------------------------------------------------------------
-
-
-def seed_curves(records: Sequence[Record], key: str, x: str) -> tuple[np.ndarray, np.ndarray]:
-    """A metric of all whole runs on one grid: x [G], values [seeds, G]; the grid is where all runs have values."""
-    pairs = []
-    for record in records:
-        xs, ys = record["metrics"].get(x), record["metrics"].get(key)
-        if record["error"] or xs is None or ys is None or np.isfinite(ys).sum() < 2:
-            continue
-        pairs.append((xs[np.isfinite(ys)], ys[np.isfinite(ys)]))
-    start, end = max((xs[0] for xs, _ in pairs), default=0), min((xs[-1] for xs, _ in pairs), default=0)
-    if start >= end:
-        return np.array([]), np.empty((0, 0))
-    grid = np.linspace(start, end, 200)
-    return grid, np.array([np.interp(grid, xs, ys) for xs, ys in pairs])
-
-
-def draw_panel(axis: Any, group: Group, panel: Panel, found: dict[Variant, list[Record]], color: Callable) -> bool:
-    """One panel; says whether there was anything to draw."""
-    import matplotlib as mpl
-
-    axis.set_title(panel.title, fontsize=10.5)
-    points = [(v.x, values_of(found[v], panel.key)) for v in group.variants] if panel.kind != "curves" else []
-    points = [(x, values) for x, values in points if len(values)]
-    if panel.kind == "heat":
-        rows, columns = (sorted({variant.x[i] for variant in group.variants}) for i in (0, 1))
-        image = np.full((len(rows), len(columns)), np.nan)
-        for (row, column), values in points:
-            image[rows.index(row), columns.index(column)] = values.mean()
-        axis.imshow(image, cmap="viridis", aspect="auto", origin="lower")
-        middle = np.nanmean([np.nanmin(image), np.nanmax(image)]) if points else 0
-        for i, j in np.ndindex(image.shape):
-            if np.isfinite(image[i, j]):
-                axis.text(j, i, f"{image[i, j]:.3f}", ha="center", va="center", fontsize=9,
-                          color="white" if image[i, j] < middle else "black")  # fmt: skip
-        axis.set_xticks(range(len(columns)), [f"{c:g}" for c in columns])
-        axis.set_yticks(range(len(rows)), [f"{r:g}" for r in rows])
-        axis.set_ylabel(panel.x.split(", ")[0])
-        axis.set_xlabel(panel.x.split(", ")[1])
-        return bool(points)
-    axis.grid(alpha=0.25)
-    axis.spines[["top", "right"]].set_visible(False)
-    if panel.kind == "scaling":
-        axis.set(xscale="log", yscale="log", xlabel=panel.x)
-        if len(points) > 1:
-            x, y = np.array([p[0] for p in points]), np.array([np.median(p[1]) for p in points])
-            spread = np.abs(np.array([[p[1].min(), p[1].max()] for p in points]).T - y)
-            axis.errorbar(x, y, spread, color=COLORS[0], marker="o", capsize=3, linewidth=1.8)
-            slope, offset = np.polyfit(np.log(x), np.log(y), 1)
-            axis.plot(x, np.exp(offset) * x**slope, color=COLORS[1], linestyle="--", linewidth=1.2,
-                      label=f"slope {slope:+.2f}")  # fmt: skip
-            axis.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2), fontsize=9)
-            axis.set_xticks(x, [f"{value:g}" for value in x], minor=False)
-            axis.minorticks_off()
-            axis.yaxis.set_major_formatter(mpl.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
-            axis.yaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 5)))
-        return bool(points)
-    drawn = False
-    for variant in group.variants:
-        grid, curves = seed_curves(found[variant], panel.key, panel.x)
-        if not len(grid):
-            continue
-        drawn = True
-        axis.plot(grid, curves.mean(0), color=color(variant), linewidth=1.8, label=variant.label)
-        if len(curves) > 1:
-            axis.fill_between(grid, *bootstrap(curves), color=color(variant), alpha=0.18, linewidth=0)
-    envs = {variant.env for variant in group.variants}
-    goal = reward_threshold(envs.pop()) if len(envs) == 1 and "return" in panel.key else None
-    if goal is not None and drawn:
-        axis.axhline(goal, color="#444444", linewidth=1, linestyle="--", label="threshold")
-    axis.set_xlabel({"step": "environment steps"}.get(panel.x, panel.x))
-    axis.xaxis.set_major_formatter(mpl.ticker.EngFormatter(sep=""))
-    return drawn
-
-
-def draw(study: Study, found: dict[Variant, list[Record]]) -> None:
-    """figures/<study>.png: a row per group with its legend on the right; or, where every group has one panel
-    with the same few labels, panels side by side with one legend below."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    groups = [group for group in study.groups if any(found[variant] for variant in group.variants)]
-    labels = list(dict.fromkeys(variant.label for group in groups for variant in group.variants))
-    panels = [list(group.panels or study.panels) for group in groups]
-    if not groups:
-        return
-    mosaic = all(len(row) == 1 for row in panels) and len(groups) > 2 and len(labels) <= len(COLORS)
-    columns = min(3, len(groups)) if mosaic else max(map(len, panels))
-    rows = -(-len(groups) // columns) if mosaic else len(groups)
-    size = (4.3 * columns + (0 if mosaic else 2.4), 3.1 * rows + 0.6)
-    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.1)
-    handles: dict[str, Any] = {}
-    for number, (group, row) in enumerate(zip(groups, panels, strict=True)):
-        names = [variant.label for variant in group.variants]
-
-        def color(variant: Variant, group: Group = group, names: list[str] = names) -> Any:
-            if group.ordered:
-                return plt.get_cmap("viridis")(0.92 * names.index(variant.label) / max(len(names) - 1, 1))
-            return COLORS[(labels if mosaic else names).index(variant.label) % len(COLORS)]
-
-        line = [axes.flat[number]] if mosaic else list(axes[number])
-        for axis, panel in zip(line, row, strict=False):
-            if not draw_panel(axis, group, panel, found, color):
-                axis.text(0.5, 0.5, "not measured yet", ha="center", transform=axis.transAxes, color="#777777")
-            entries = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
-            handles = handles | entries if mosaic else entries
-            if mosaic:
-                axis.set_title(group.title, fontsize=10.5)
-        for axis in line[len(row) :]:
-            axis.set_visible(False)
-        if not mosaic:
-            line[0].set_ylabel(group.title, fontsize=10.5, fontweight="bold", labelpad=9)
-            if panels[number][0].kind == "curves":
-                line[len(row) - 1].legend(handles.values(), handles.keys(), frameon=False, loc="center left",
-                                          bbox_to_anchor=(1.02, 0.5), fontsize=9)  # fmt: skip
-    if mosaic:
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncol=6, frameon=False)
-        for axis in list(axes.flat)[len(groups) :]:
-            axis.set_visible(False)
-    figure.suptitle(study.title + (f": {study.panels[0].title}" if mosaic else ""), fontsize=12)
-    (HOME / "figures").mkdir(parents=True, exist_ok=True)
-    temporary = HOME / "figures" / f".{study.name}.png"
-    figure.savefig(temporary, dpi=110)
-    os.replace(temporary, HOME / "figures" / f"{study.name}.png")
-    plt.close(figure)
-
-
-# 5. The table -----------------------------------------------------------------------------------
+# 3. The table -----------------------------------------------------------------------------------
 
 
 def number(value: float) -> str:
@@ -536,7 +365,7 @@ def replace_between(text: str, mark: str, content: str, otherwise: str) -> str:
 def publish(study: Study) -> None:
     """Draws the figure and rewrites the table; every other word of the page stays as it is."""
     found = collect(study)
-    draw(study, found)
+    draw(study, found, HOME / "figures" / f"{study.name}.png")
     page = PAGE.read_text(encoding="utf-8") if PAGE.exists() else "# Benchmarks\n"
     page = replace_between(page, "machine", machine_lines(), "## Machine and versions")
     section = (f"## {study.title}\n\n{study.question}\n\n    python benchmarks/run.py {study.name}\n\n"
@@ -546,7 +375,7 @@ def publish(study: Study) -> None:
     print(f"{PAGE.name}, benchmarks/figures/{study.name}.png")
 
 
-# 6. Command line --------------------------------------------------------------------------------
+# 4. Command line --------------------------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> None:

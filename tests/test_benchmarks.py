@@ -10,6 +10,7 @@ import pytest
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import figure
 import run
 import studies
 from studies import Group, Panel, Study, Variant
@@ -124,12 +125,12 @@ def test_lost_threshold_is_counted(home):
 
 def test_bootstrap_known_cases():
     # Two seeds, 0 and 1: the mean of a resample is 0, 1/2 or 1 with probability 1/4, 1/2, 1/4.
-    assert [float(bound) for bound in run.bootstrap(np.array([0.0, 1.0]))] == [0.0, 1.0]
+    assert [float(bound) for bound in figure.bootstrap(np.array([0.0, 1.0]))] == [0.0, 1.0]
     # Ten seeds, one of them 1: resampled means are Binomial(10, .1) / 10, with quantiles 0 and .3.
-    assert np.allclose(run.bootstrap(np.eye(10)[0]), (0.0, 0.3))
+    assert np.allclose(figure.bootstrap(np.eye(10)[0]), (0.0, 0.3))
     # Many seeds: the normal interval of the mean; and every column of a curve is treated alone.
     values = np.random.default_rng(1).normal(5, 2, size=(400, 3))
-    low, high = run.bootstrap(values)
+    low, high = figure.bootstrap(values)
     error = values.std(0) / 20
     assert np.allclose(low, values.mean(0) - 1.96 * error, atol=0.15 * error.max())
     assert np.allclose(high, values.mean(0) + 1.96 * error, atol=0.15 * error.max())
@@ -138,7 +139,7 @@ def test_bootstrap_known_cases():
 def test_curves_share_the_grid_where_all_seeds_have_values():
     runs = [([0, 10, 20], [np.nan, 1.0, 3.0]), ([5, 15, 30], [0.0, 2.0, 2.0])]
     records = [{"error": None, "metrics": {"step": np.array(x, float), "m": np.array(y)}} for x, y in runs]
-    grid, curves = run.seed_curves(records, "m", "step")
+    grid, curves = figure.seed_curves(records, "m", "step")
     assert grid[0] == 10 and grid[-1] == 20
     assert np.allclose(curves[:, 0], [1, 1]) and np.allclose(curves[:, -1], [3, 2])
 
