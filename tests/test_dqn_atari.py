@@ -1,0 +1,364 @@
+"""DQN from pixels: the memory of single frames, the Atari settings, the network, learning on Catch."""
+
+import csv
+import inspect
+import json
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from conftest import load_script
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+
+dqn = load_script("algos/dqn.py")
+atari = load_script("algos/dqn_atari.py")
+
+PONG = "ALE/Pong-v5"
+CATCH, DRIFT = "catch_env:Catch42-v0", "catch_env:CatchDrift42-v0"
+
+
+class Noise(gym.Env):
+    """Frames of noise; episodes of random length that end either way; rewards of any size."""
+
+    action_space = gym.spaces.Discrete(3, start=5)
+
+    def __init__(self, size: int = 4, mean_length: int = 6):
+        self.observation_space = gym.spaces.Box(0, 255, (size, size), np.uint8)
+        self.mean_length = mean_length
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.frame(), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action)
+        ends, how = self.np_random.random() < 1 / self.mean_length, self.np_random.random() < 0.5
+        return self.frame(), float(self.np_random.normal() * 3), bool(ends and how), bool(ends and not how), {}
+
+    def frame(self):
+        return self.np_random.integers(256, size=self.observation_space.shape, dtype=np.uint8)
+
+
+gym.register("Noise-v0", entry_point=Noise, kwargs={"size": 36})
+
+
+def settings(tmp_path, env, **changes):
+    """The settings of a small fast run."""
+    small = dict(total_timesteps=400, num_envs=4, buffer_size=200, learning_starts=100, train_frequency=16,
+                 gradient_steps=1, target_network_frequency=16, batch_size=8, eval_episodes=2, seed=3)  # fmt: skip
+    return atari.Args(env=env, run_dir=str(tmp_path), **(small | changes))
+
+
+def trained(tmp_path, env, monkeypatch=None, **changes):
+    """Trains and returns the checkpoint, and the replay memory if monkeypatch is given to get at it."""
+    memories = []
+    if monkeypatch:
+        init = atari.Replay.__init__
+        monkeypatch.setattr(atari.Replay, "__init__", lambda self, *a: (init(self, *a), memories.append(self))[0])
+    folder = atari.train(settings(tmp_path, env, **changes))
+    saved = atari.load_checkpoint(str(folder))
+    return (saved, memories[0], folder) if monkeypatch else saved
+
+
+# The mathematics ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["linear_schedule", "n_step_return", "td_target", "update_target"])
+def test_the_mathematics_is_that_of_dqn(name):
+    """The same text, so that the tests of dqn.py hold for it too."""
+    assert inspect.getsource(getattr(atari, name)) == inspect.getsource(getattr(dqn, name))
+
+
+def test_td_loss_by_hand():
+    predictions, targets = torch.tensor([0.0, 1.0]), torch.tensor([0.5, 4.0])
+    assert atari.td_loss(predictions, targets, "squared").item() == pytest.approx((0.25 + 9) / 2)
+    assert atari.td_loss(predictions, targets, "huber").item() == pytest.approx((0.125 + 2.5) / 2)
+    with pytest.raises(AssertionError):
+        atari.td_loss(predictions, targets[:, None], "squared")
+
+
+# The replay memory ----------------------------------------------------------------------------
+
+
+def play(steps, N=3, K=4, buffer_size=60, seed=0):
+    """A memory filled from N random environments, and what gymnasium's own wrapper showed meanwhile.
+
+    Of the log, entry t holds the stacks, actions, rewards, terminated, truncated and valid [N] of step t.
+    """
+    raw = SyncVectorEnv([Noise] * N, autoreset_mode=AutoresetMode.NEXT_STEP)
+    wrapped = SyncVectorEnv(
+        [lambda: gym.wrappers.FrameStackObservation(Noise(), K)] * N, autoreset_mode=AutoresetMode.NEXT_STEP
+    )
+    rng = np.random.default_rng(seed)
+    obs, stacks = raw.reset(seed=seed)[0], wrapped.reset(seed=seed)[0]
+    replay, log, ended = atari.Replay(buffer_size, N, (4, 4), K), [], np.zeros(N, bool)
+    replay.begin(obs)
+    for _ in range(steps):
+        np.testing.assert_array_equal(replay.stacks(replay.row()), stacks)
+        actions, valid = rng.integers(3, size=N), ~ended
+        obs, rewards, terminated, truncated, _ = raw.step(actions + 5)
+        log.append((stacks, actions, rewards, terminated, truncated, valid))
+        stacks = wrapped.step(actions + 5)[0]
+        replay.add(actions, rewards, terminated, truncated, valid, obs)
+        ended = terminated | truncated
+    log.append((stacks,))
+    return replay, log
+
+
+def slots_by_step(replay, log):
+    """(slot, t, n) of every transition that the memory should offer."""
+    for back in range(1, replay.size // replay.N + 1):
+        t = len(log) - 1 - back
+        for n in range(replay.N):
+            if log[t][5][n]:
+                yield replay.row(back)[n], t, n
+
+
+@pytest.mark.parametrize(
+    ("steps", "K", "n_step"), [(12, 4, 1), (90, 4, 3), (91, 4, 1), (137, 4, 5), (90, 1, 3), (77, 2, 2)]
+)
+def test_stacks_and_returns_are_those_of_the_episodes(steps, K, n_step):
+    """play() compares the newest stacks with FrameStackObservation's; here everything that can be drawn."""
+    replay, log = play(steps, K=K)
+    gamma, seen = 0.9, 0
+    for slot, t, n in slots_by_step(replay, log):
+        obs, actions, returns, discounts, next_obs = replay.batch(np.array([slot]), n_step, gamma)
+        expected, end = 0.0, t
+        for k in range(n_step):
+            expected += gamma**k * log[t + k][2][n]
+            end = t + k + 1
+            terminated, truncated = log[t + k][3][n], log[t + k][4][n]
+            if terminated or truncated or end == len(log) - 1:
+                break
+        np.testing.assert_array_equal(obs[0], log[t][0][n])
+        assert actions[0] == log[t][1][n]
+        assert returns[0] == pytest.approx(expected, rel=1e-5)
+        assert discounts[0] == pytest.approx(0 if terminated else gamma ** (end - t), rel=1e-5)
+        np.testing.assert_array_equal(next_obs[0], log[end][0][n])  # at an episode's end its true last stack
+        seen += 1
+    assert seen > replay.size * 0.7
+
+
+@pytest.mark.parametrize("steps", [12, 90])
+def test_draw_gives_every_transition_and_nothing_else(steps):
+    replay, log = play(steps)
+    drawn, counts = np.unique(replay.draw(20_000, np.random.default_rng(1)), return_counts=True)
+    assert set(drawn) == {slot for slot, _, _ in slots_by_step(replay, log)}
+    assert counts.max() / counts.min() < 1.8  # 3.4 standard deviations each way at 340 draws
+
+
+def test_the_memory_holds_what_was_asked_for_and_each_frame_once():
+    replay = atari.Replay(1_000_000, 8, (84, 84), 4)
+    arrays = [getattr(replay, key).nbytes for key in replay.ARRAYS]
+    assert replay.slots - replay.spare == 1_000_000
+    assert arrays[0] == (1_000_000 + 8 * 4) * 84 * 84
+    assert sum(arrays) < 7.1e9
+    assert play(90, buffer_size=60)[0].size == 60
+
+
+def test_begin_again_cuts_what_was_under_way():
+    """After a resumption nothing old leads into the new episode, neither a stack nor a return."""
+    replay, log = play(40)
+    last_stacks = log[-1][0]
+    replay.begin(np.full((3, 4, 4), 7, np.uint8))
+    assert (replay.stacks(replay.row()) == 7).all()
+    assert not replay.valid[replay.row(1)].any()
+    newest = replay.row(2)[log[-2][5]]
+    assert len(newest)
+    _, _, returns, _, next_obs = replay.batch(newest, 3, 0.9)
+    np.testing.assert_array_equal(next_obs, last_stacks[log[-2][5]])
+    np.testing.assert_allclose(returns, log[-2][2][log[-2][5]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("steps", [12, 90])
+def test_a_saved_memory_comes_back_whole(tmp_path, steps):
+    replay, _ = play(steps)
+    for _ in range(2):  # the second takes the first one's place
+        replay.save(tmp_path / "replay")
+    copy = atari.Replay(60, 3, (4, 4), 4)
+    copy.load(tmp_path / "replay")
+    slots = replay.draw(100, np.random.default_rng(0))
+    for ours, theirs in zip(replay.batch(slots, 3, 0.9), copy.batch(slots, 3, 0.9), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    np.testing.assert_array_equal(slots, copy.draw(100, np.random.default_rng(0)))
+    assert [path.name for path in tmp_path.iterdir()] == ["replay"]
+    with pytest.raises(SystemExit) as stop:
+        atari.Replay(63, 3, (4, 4), 4).load(tmp_path / "replay")
+    assert stop.value.code == 2
+
+
+# The environment ------------------------------------------------------------------------------
+
+
+def test_atari_frames_are_skipped_once_and_sticky_as_told(tmp_path):
+    env = atari.make_env(atari.Args(repeat_action_probability=0.125, noop_max=0))
+    obs, info = env.reset(seed=0)
+    assert obs.shape == (84, 84) and obs.dtype == np.uint8
+    assert env.unwrapped.ale.getFloat("repeat_action_probability") == 0.125
+    frames = [info["episode_frame_number"]]
+    frames += [env.step(0)[4]["episode_frame_number"] for _ in range(3)]
+    assert np.diff(frames).tolist() == [4, 4, 4]
+    assert atari.make_env(atari.Args()).unwrapped.ale.getFloat("repeat_action_probability") == 0.25
+
+
+def test_episodes_begin_with_different_numbers_of_noops():
+    env = atari.make_env(atari.Args(noop_max=30))
+    env.reset(seed=0)
+    assert len({env.reset()[1]["episode_frame_number"] for _ in range(10)}) > 3
+
+
+def test_a_lost_life_ends_the_return_but_not_the_game(tmp_path, monkeypatch):
+    changes = dict(total_timesteps=600, num_envs=2, buffer_size=1000, learning_starts=10_000, end_e=1.0)
+    monkeypatch.setattr(atari, "evaluate", lambda *a: np.zeros(1))
+    monkeypatch.setattr(atari.QNetwork, "act", lambda self, stacks: np.zeros(len(stacks), int))
+    _, replay, _ = trained(tmp_path, "ALE/Breakout-v5", monkeypatch, terminal_on_life_loss=True, **changes)
+    deaths = np.flatnonzero(replay.terminated)
+    game_goes_on = replay.valid[(deaths + replay.N) % replay.slots]
+    assert len(deaths) >= 4 and np.count_nonzero(game_goes_on) >= 0.7 * len(deaths)
+    assert (replay.age[deaths + replay.N] > 0).all()  # stacks go through a lost life
+    _, replay, _ = trained(tmp_path, "ALE/Breakout-v5", monkeypatch, **changes)
+    deaths = np.flatnonzero(replay.terminated)
+    assert not replay.valid[(deaths + replay.N) % replay.slots].any()
+
+
+@pytest.mark.parametrize("clip", [True, False])
+def test_rewards_are_clipped_for_learning_only(tmp_path, monkeypatch, clip):
+    _, replay, folder = trained(tmp_path, "Noise-v0", monkeypatch, clip_rewards=clip, learning_starts=1000)
+    rewards = replay.rewards[replay.draw(300, np.random.default_rng(0))]
+    assert (set(rewards) == {-1.0, 1.0}) == clip
+    with open(folder / "metrics.csv", newline="") as file:
+        returns = [float(row["charts/episodic_return"] or 0) for row in csv.DictReader(file)]
+    assert any(value % 1 for value in returns)
+
+
+def test_colour_images_become_grey_and_small():
+    class Colour(Noise):
+        def __init__(self):
+            super().__init__()
+            self.observation_space = gym.spaces.Box(0, 255, (96, 120, 3), np.uint8)
+
+    gym.register("Colour-v0", entry_point=Colour)
+    env = atari.make_env(atari.Args(env="Colour-v0"))
+    assert env.observation_space.shape == env.reset()[0].shape == (84, 84)
+
+
+# The network ----------------------------------------------------------------------------------
+
+
+def test_network_is_that_of_2015():
+    net = atari.QNetwork((4, 84, 84), 6, dueling=False, bf16=False)
+    assert sum(p.numel() for p in net.parameters()) == (
+        (4 * 64 + 1) * 32 + (32 * 16 + 1) * 64 + (64 * 9 + 1) * 64 + (3136 + 1) * 512 + 513 * 6
+    )
+    black, white = torch.zeros(1, 4, 84, 84, dtype=torch.uint8), torch.full((1, 4, 84, 84), 255, dtype=torch.uint8)
+    seen = []
+    net.convolutions[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    net(black), net(white)
+    assert seen[0].max() == 0 and seen[1].min() == seen[1].max() == 1
+
+
+def test_dueling_by_hand():
+    heads = torch.tensor([[1.0, 3.0, 5.0, 4.0]])
+    torch.testing.assert_close(atari.combine_dueling(heads), torch.tensor([[0.0, 2.0, 1.0]]))
+    net = atari.QNetwork((2, 36, 36), 3, dueling=True, bf16=False)
+    stacks = torch.randint(256, (5, 2, 36, 36), dtype=torch.uint8)
+    heads = net.heads(net.convolutions(stacks / 255))
+    assert heads.shape == (5, 4)
+    torch.testing.assert_close(net(stacks), atari.combine_dueling(heads))
+
+
+def test_bf16_computes_in_bfloat16_and_returns_floats():
+    exact, short = (atari.QNetwork((4, 84, 84), 6, False, bf16) for bf16 in (False, True))
+    short.load_state_dict(exact.state_dict())
+    kinds = []
+    short.heads[0].register_forward_hook(lambda _, inputs, output: kinds.append(output.dtype))
+    stacks = torch.randint(256, (4, 4, 84, 84), dtype=torch.uint8)
+    torch.testing.assert_close(short(stacks), exact(stacks), atol=0.02, rtol=0.05)
+    assert short(stacks).dtype == torch.float32 and kinds[0] == torch.bfloat16
+
+
+@pytest.mark.parametrize("dueling", [False, True])
+def test_a_fixed_batch_is_learnt_to_zero_loss(dueling):
+    torch.manual_seed(0)
+    net = atari.QNetwork((2, 36, 36), 3, dueling, bf16=False)
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
+    stacks = torch.randint(256, (16, 2, 36, 36), dtype=torch.uint8)
+    actions, targets = torch.arange(16) % 3, torch.randn(16)
+    for _ in range(120):
+        loss = atari.td_loss(net(stacks)[torch.arange(16), actions], targets, "huber")
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 1e-3
+
+
+# Training -------------------------------------------------------------------------------------
+
+
+def test_target_network_lags_and_can_be_taken_away(tmp_path):
+    def same(**changes):
+        saved = trained(tmp_path, CATCH, **changes)
+        return all(torch.equal(saved["q_net"][key], saved["target_net"][key]) for key in saved["q_net"])
+
+    assert same(target_network_frequency=16)  # a copy at every update
+    assert not same(target_network_frequency=10_000)
+    assert not same(target_network_frequency=16, tau=0.01)
+    assert same(target_network_frequency=10_000, target_network=False)
+
+
+def test_epsilon_follows_its_schedule_and_is_the_share_of_random_actions(tmp_path, monkeypatch):
+    monkeypatch.setattr(atari.QNetwork, "act", lambda self, stacks: np.full(len(stacks), 2))
+    no_learning = dict(total_timesteps=8000, buffer_size=16_000, learning_starts=10_000)
+    _, replay, folder = trained(tmp_path, CATCH, monkeypatch, **no_learning, exploration_fraction=0.5, end_e=0.1)
+    with open(folder / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    steps, epsilons = (np.array([float(row[key]) for row in rows]) for key in ("step", "charts/epsilon"))
+    np.testing.assert_allclose(epsilons, np.maximum(1 - 0.9 * (steps - 16) / 4000, 0.1), atol=0.02)
+    first, last = replay.actions[:2000] != 2, replay.actions[replay.head - 2000 : replay.head] != 2
+    assert first.mean() == pytest.approx(2 / 3 * (1 - 0.9 * 900 / 4000), abs=0.05)
+    assert last.mean() == pytest.approx(2 / 3 * 0.1, abs=0.03)
+
+
+def test_resume_goes_on_with_the_memory_or_says_that_there_is_none(tmp_path, capsys, monkeypatch):
+    def resumed(**changes):
+        """What is printed when a run that Ctrl-C stopped at step 192 goes on to step 400."""
+        report = atari.RunRecord.report
+
+        def interrupt(self, step, metrics):
+            report(self, step, metrics)
+            if step >= 192:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch, pytest.raises(SystemExit):
+            patch.setattr(atari.RunRecord, "report", interrupt)
+            atari.train(settings(tmp_path, CATCH, **changes))
+        folder = capsys.readouterr().err.split()[-1]
+        args = atari.parse_args(atari.Args, atari.PRESETS, ["--resume", folder])
+        assert str(atari.train(args)) == folder
+        assert json.loads((tmp_path / folder / "summary.json").read_text())["steps"] >= 400
+        return capsys.readouterr().out
+
+    assert "going on with the replay memory of 200 transitions" in resumed(save_buffer=True)
+    assert "100 steps will fill it first" in resumed()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--env", "ALE/Pang-v5"], "Pang"),
+        (["--env", "PongNoFrameskip-v4"], "ALE/<Game>-v5"),
+        (["--env", "CartPole-v1"], "images"),
+        (["--env", CATCH, "--terminal-on-life-loss"], "lives"),
+        (["--frame-stack", "0"], "--frame-stack must be positive"),
+        (["--repeat-action-probability", "1.5"], "[0, 1]"),
+        (["--buffer-size", "7"], "--buffer-size"),
+        (["--buffer-size", "1000000000000"], "no memory"),
+    ],
+)
+def test_bad_settings_end_with_one_line(flags, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        atari.train(atari.parse_args(atari.Args, atari.PRESETS, [*flags, "--run-dir", str(tmp_path)]))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and message in error and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
