@@ -91,8 +91,7 @@ def draw_panel(axis: Any, group: Group, panel: Panel, found: dict[Variant, list[
                           color="white" if image[i, j] < middle else "black")  # fmt: skip
         axis.set_xticks(range(len(columns)), [f"{c:g}" for c in columns])
         axis.set_yticks(range(len(rows)), [f"{r:g}" for r in rows])
-        axis.set_ylabel(panel.x.split(", ")[0])
-        axis.set_xlabel(panel.x.split(", ")[1])
+        axis.set_xlabel("{1} (upwards: {0})".format(*panel.x.split(", ")))
         return bool(points)
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
@@ -160,7 +159,7 @@ def draw(study: Study, found: dict[Variant, list[Record]], file: Path) -> None:
         line = [axes.flat[number]] if mosaic else list(axes[number])
         for axis, panel in zip(line, row, strict=False):
             if not draw_panel(axis, group, panel, found, color):
-                axis.text(0.5, 0.5, "not measured yet", ha="center", transform=axis.transAxes, color="#777777")
+                axis.text(0.5, 0.5, "no such curve", ha="center", transform=axis.transAxes, color="#777777")
             entries = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
             handles = handles | entries if mosaic else entries
             if mosaic:
