@@ -120,8 +120,8 @@ class Args:
     """evaluate this saved run (a run folder or its model.pt) and exit"""
     resume: str | None = None
     """go on with this interrupted run (a run folder or its model.pt)"""
-    eval_episodes: int = 512
-    """held-out prompts continued before and after training; >= 2"""
+    eval_episodes: int = 384
+    """held-out prompts continued before and after training; >= 2 (distinct-2 is taken over groups of 128)"""
 
     text_column: str = "text"
     """column of the texts, or of the completions where there is a prompt column"""
@@ -243,8 +243,12 @@ def validate(args: Args) -> None:
 def load_split(name: str, split: str) -> datasets.Dataset:
     """One split of a dataset from the hub or from a folder."""
     datasets.disable_progress_bars()
+    cache = None
+    if Path(name).is_dir():  # the library's cache knows a folder by its last name, and confuses two of one name
+        files = [f"{path.resolve()} {path.stat().st_mtime_ns}" for path in sorted(Path(name).rglob("*"))]
+        cache = str(Path(datasets.config.HF_DATASETS_CACHE) / f"{zlib.crc32(repr(files).encode()):08x}")
     try:
-        return datasets.load_dataset(name, split=split)
+        return datasets.load_dataset(name, split=split, cache_dir=cache)
     except Exception as error:  # the loader has no common class of errors
         fail(f"cannot load the split {split!r} of --dataset {name}: {error}")
 
@@ -269,6 +273,8 @@ def encode(tokenizer: Any, prompt: str, text: str, max_length: int) -> tuple[lis
 def known(tokenizer: Any, rows: list[list[int]], what: str) -> list[int]:
     """Numbers of the rows without an unknown token; says how many there are."""
     kept = [n for n, ids in enumerate(rows) if tokenizer.unk_token_id not in ids]
+    if not kept:
+        fail(f"none of the {len(rows)} {what} is made of words that the tokenizer knows")
     if len(kept) < len(rows):
         print(
             f"{len(kept):,} of {len(rows):,} {what} are made of words that the tokenizer knows; the others are left out"
@@ -464,34 +470,36 @@ AutoModelForSequenceClassification.register(NGramBagConfig, NGramBag)
 class Reward(nn.Module):
     """Texts in, scores out, [B]: from a bag, a sequence classifier or a Python function."""
 
-    def __init__(self, name: str, tokenizer: Any, sft_folder: Path, label: int):
+    def __init__(self, name: str, lm: nn.Module, tokenizer: Any, label: int):
         super().__init__()
         self.net = self.function = None
         self.tokenizer, self.label = tokenizer, label
-        self.trained_here = name in ("bag", "lm")
         self.register_buffer("mean", torch.zeros(()))
         self.register_buffer("std", torch.ones(()))
         if found := re.fullmatch(r"(.+\.py):(\w+)", name):
             self.function = load_function(*found.groups())
         elif name == "bag":
             self.net = NGramBag(NGramBagConfig())
+        elif name == "lm":  # Stiennon 2020: the head's weights have standard deviation 1 / sqrt(d + 1)
+            config = copy.deepcopy(lm.config)
+            config.num_labels = 1
+            self.net = AutoModelForSequenceClassification.from_config(config).eval()
+            nn.init.normal_(self.net.score.weight, std=1 / math.sqrt(config.hidden_size + 1))
         else:
             try:
-                folder, kwargs = (sft_folder, {"num_labels": 1}) if name == "lm" else (name, {})
-                self.net = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32, **kwargs)
-                if not isinstance(self.net, NGramBag):
-                    self.tokenizer = AutoTokenizer.from_pretrained(folder)
+                self.net = AutoModelForSequenceClassification.from_pretrained(name, dtype=torch.float32).eval()
+                self.tokenizer = AutoTokenizer.from_pretrained(name)
             except Exception as error:  # the loader has no common class of errors
                 fail(f"cannot load the reward model {name!r}: {error}")
-            self.net.eval()
-            if name == "lm":  # Stiennon 2020: weights with standard deviation 1 / sqrt(d + 1)
-                nn.init.normal_(self.net.score.weight, std=1 / math.sqrt(self.net.config.hidden_size + 1))
             self.mean.fill_(getattr(self.net.config, "reward_mean", 0.0))
             self.std.fill_(getattr(self.net.config, "reward_std", 1.0))
 
     def raw(self, texts: list[str]) -> Tensor:
         if self.function is not None:
-            scores = torch.as_tensor(np.asarray(self.function(texts), dtype=np.float32))
+            try:
+                scores = torch.as_tensor(np.asarray(self.function(texts), dtype=np.float32))
+            except Exception as error:  # it is anybody's code
+                fail(f"the reward function failed: {error!r}")
             if scores.shape != (len(texts),):
                 fail(f"the reward function returned shape {tuple(scores.shape)} for {len(texts)} texts")
             return scores.to(self.mean.device)
@@ -514,7 +522,8 @@ class Reward(nn.Module):
     @torch.no_grad()
     def score(self, texts: list[str]) -> Tensor:
         """Normalised scores, [B]; ends the program if one is no number."""
-        scores = (torch.cat([self.raw(texts[i : i + 256]) for i in range(0, len(texts), 256)]) - self.mean) / self.std
+        parts = [self.raw(texts[i : i + 256]) for i in range(0, len(texts), 256)]
+        scores = (torch.cat(parts) - self.mean) / self.std
         if not torch.isfinite(scores).all():
             text = texts[int((~torch.isfinite(scores)).nonzero()[0])]
             fail(f"the reward of the text {text!r} is no finite number")
@@ -831,7 +840,11 @@ def train(args: Args) -> Path:
     texts = [head + text for head, text in zip(heads, texts, strict=True)]
     sft_rows = [sft_rows[n] for n in known(tokenizer, [ids for ids, _ in sft_rows], "texts")]
     sft_batches = batches(len(sft_rows), args.sft_batch_size, args.sft_epochs, args.seed)
-    trains_reward = args.reward_model in ("bag", "lm")
+    reward, trains_reward = (
+        Reward(args.reward_model, policy, tokenizer, args.reward_label),
+        args.reward_model in ("bag", "lm"),
+    )
+    reward.to(device).score(texts[:2])  # a reward that does not work should say so now
     shares = vote_shares(args, data) if trains_reward else None
     pair_batches = batches(len(texts), args.reward_batch_size, args.reward_epochs if trains_reward else 0, args.seed)
     # Steps are texts: those of SFT, then those of the rated pairs, then the policy's own.
@@ -882,8 +895,9 @@ def train(args: Args) -> Path:
 
         # The SFT model, frozen, is the reference from which the KL is measured.
         networks["reference"] = reference = copy.deepcopy(policy).requires_grad_(False)
-        reward = Reward(args.reward_model, tokenizer, run.folder / "sft", args.reward_label).to(device)
         networks["reward"] = reward
+        if args.reward_model == "lm":
+            reward.net.base_model.load_state_dict(policy.base_model.state_dict())
         if saved and "reward" in saved["networks"]:
             reference.load_state_dict(saved["networks"]["reference"])
             reward.load_state_dict(saved["networks"]["reward"])
@@ -944,7 +958,7 @@ class Judges:
         texts = [head + text for head, text in zip(heads, texts, strict=True)]
         positive = (torch.tensor(column(data, args.label_column)) > args.positive_above).float()
         self.net = NGramBag(NGramBagConfig())
-        optimizer = torch.optim.Adam(self.net.parameters(), lr=3e-3)
+        optimizer = torch.optim.Adam(self.net.parameters(), lr=1e-2)
         for rows in batches(len(texts), 64, 10, seed=0):  # the same judge whatever the run's seed
             loss = F.binary_cross_entropy_with_logits(self.net([texts[n] for n in rows]), positive[rows])
             optimizer.zero_grad()
@@ -1010,7 +1024,7 @@ def evaluate(
         "score": reward.score(texts).mean().item(), **judges(texts), "kl": kl.mean().item(),
         "kl_interval": 1.96 * kl.std().item() / math.sqrt(len(kl)), "length": length.mean().item(),
         "distinct_2": distinct_2([text[len(head) :] for head, text in pairs]),
-        "ref_perplexity": math.exp(sum(nlls).item() / length.sum().item()),
+        "ref_perplexity": (sum(nlls) / length.sum()).exp().item(),
         "ended": torch.cat(ends).float().mean().item(),
     }, pairs  # fmt: skip
 
@@ -1043,7 +1057,7 @@ def evaluate_saved(args: Args) -> None:
     tokenizer, policy = load_lm(args.model)
     agent = ActorCritic(policy, args.separate_value).to(device)
     reference = copy.deepcopy(policy)
-    reward = Reward(args.reward_model, tokenizer, folder / "sft", args.reward_label).to(device)
+    reward = Reward(args.reward_model, policy, tokenizer, args.reward_label).to(device)
     restore(saved["networks"], agent=agent, reference=reference, reward=reward)
     prompts = make_prompts(args, tokenizer, load_split(args.dataset, args.eval_split))
     compare(args, tokenizer, policy, reference, prompts, reward, Judges(args), folder)

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries read it: a name that does not exist fails at once
+
 import numpy as np
 import pytest
 import torch
@@ -337,7 +339,7 @@ def test_sft_loss_masks_prompts_and_padding_and_keeps_the_end():
 
 
 def one_rollout(args: rlhf.Args, agent: torch.nn.Module, reference: torch.nn.Module, accelerator: Accelerator) -> dict:
-    reward = rlhf.Reward("bag", tiny_tokenizer(), Path(), -1)
+    reward = rlhf.Reward("bag", agent.policy, tiny_tokenizer(), -1)
     torch.nn.init.normal_(reward.net.weights.weight)
     prompts = [[3 + i % 8, 4, *[5] * (i % 3)] for i in range(8)]
     uniforms = np.random.default_rng(0).random((8, args.response_length), np.float32)
@@ -390,24 +392,20 @@ def test_missing_end_costs_its_penalty():
     assert batch["rewards"].tolist() == [[0, 5], [0, 2]]
 
 
-def test_heads_start_as_the_papers_say(folders):
+def test_heads_start_as_the_papers_say():
     agent = rlhf.ActorCritic(tiny_lm())
     assert (agent.value_head.weight == 0).all() and (agent.value_head.bias == 0).all()
     torch.manual_seed(0)
-    wide = tiny_lm(width=512)
-    wide.save_pretrained(folders[0] / "wide")
-    tiny_tokenizer().save_pretrained(folders[0] / "wide")
-    reward = rlhf.Reward("lm", tiny_tokenizer(), folders[0] / "wide", -1)
+    reward = rlhf.Reward("lm", tiny_lm(width=512), tiny_tokenizer(), -1)
     assert reward.net.score.weight.std().item() == pytest.approx(1 / math.sqrt(513), rel=0.1)
     assert reward.net.score.bias is None
 
 
-def test_reward_is_read_at_the_end_token_also_where_it_is_the_pad_token(folders):
+def test_reward_is_read_at_the_end_token_also_where_it_is_the_pad_token():
     tokenizer = tiny_tokenizer(pad=False)
     tokenizer.pad_token = tokenizer.eos_token
     torch.manual_seed(0)
-    reward = rlhf.Reward("lm", tokenizer, folders[0] / "lm", -1)
-    reward.tokenizer = tokenizer
+    reward = rlhf.Reward("lm", tiny_lm(vocab=11), tokenizer, -1)
     scores = reward(["good film", "very bad book is it"])
     for text, score in zip(["good film", "very bad book is it"], scores, strict=True):
         ids = torch.tensor([tokenizer(text)["input_ids"] + [EOS]])
@@ -532,7 +530,7 @@ def test_run_leaves_models_that_transformers_loads(small_run):
         policy, saved["agent"]["policy.lm_head.weight"]
     )
     bag = AutoModelForSequenceClassification.from_pretrained(small_run / "reward_model")
-    reward = rlhf.Reward(str(small_run / "reward_model"), tokenizer, Path(), -1)
+    reward = rlhf.Reward(str(small_run / "reward_model"), tiny_lm(), tokenizer, -1)
     assert reward.std.item() == pytest.approx(bag.config.reward_std) and reward.std > 0 and reward.std != 1
     torch.testing.assert_close(reward.net.weights.weight, saved["reward"]["net.weights.weight"])
 
@@ -638,8 +636,7 @@ def fails(capsys, *flags: str) -> str:
         (["--prompt-words", "50"], "prompts are empty"),
     ],
 )
-def test_bad_input(folders, capsys, monkeypatch, flags, part):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_bad_input(folders, capsys, flags, part):
     assert part in fails(capsys, *folders[1], *SMALL, *flags)
 
 
