@@ -156,12 +156,13 @@ def draw(study: Study, found: dict[Variant, list[Record]], file: Path) -> None:
                 return plt.get_cmap("viridis")(0.92 * names.index(variant.label) / max(len(names) - 1, 1))
             return COLORS[(labels if mosaic else names).index(variant.label) % len(COLORS)]
 
+        handles = handles if mosaic else {}
         line = [axes.flat[number]] if mosaic else list(axes[number])
         for axis, panel in zip(line, row, strict=False):
             if not draw_panel(axis, group, panel, found, color):
                 axis.text(0.5, 0.5, "no such curve", ha="center", transform=axis.transAxes, color="#777777")
             entries = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
-            handles = handles | entries if mosaic else entries
+            handles |= entries
             if mosaic:
                 axis.set_title(group.title, fontsize=10.5)
         for axis in line[len(row) :]:

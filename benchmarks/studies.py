@@ -256,7 +256,7 @@ GAE = Study(
 
 BASE = "--update-epochs 4 --learning-rate 5e-3"
 KL = Panel("losses/approx_kl", "nats moved per update")
-PPO_BASE = Variant("clip 0.2", PPO, CART, f"{BASE} --clip-coef 0.2")
+PPO_BASE = Variant("base: clip 0.2, 4 epochs", PPO, CART, f"{BASE} --clip-coef 0.2")
 
 
 def ppo(label: str, flags: str, base: str = BASE, env: str = CART) -> Variant:
