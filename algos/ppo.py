@@ -162,7 +162,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         learning_rate=2e-3, gamma=0.999, gae_lambda=0.98, reward_scale=0.05,
     ),
     "Acrobot-v1": dict(
-        total_timesteps=300_000, num_envs=16, num_steps=128, num_minibatches=8, update_epochs=4,
+        total_timesteps=150_000, num_envs=16, num_steps=128, num_minibatches=8, update_epochs=4,
         learning_rate=2e-3, reward_scale=0.1,
     ),
     "MountainCar-v0": dict(
@@ -834,6 +834,7 @@ class RunRecord:
             axis.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
         for axis in axes.flat[len(self.curves) :]:
             axis.set_visible(False)
+        figure.supxlabel("steps", fontsize=11)
         figure.suptitle(f"{self.name} · {self.script} · seed {self.args.seed}", fontsize=12)
         figure.savefig(self.folder / "curves.png", dpi=120)
         plt.close(figure)
