@@ -16,6 +16,12 @@ SCRIPTS = sorted(
 DEFAULT_TINY = "--total-timesteps 10000 --eval-episodes 2"
 TINY = {
     "algos/dynamic_programming.py": "--total-timesteps 50 --eval-episodes 2",
+    "algos/dqn_atari.py": "--total-timesteps 400 --eval-episodes 1 --frame-skip 30 --num-envs 2 --buffer-size 2000"
+    " --learning-starts 100 --train-frequency 32 --gradient-steps 1 --batch-size 8",
+    "rlhf/pretrain.py": "--total-episodes 1280 --eval-episodes 8 --report-every 320 --valid-every 640"
+    " --hidden 32 --layers 1 --heads 2 --max-vocab 500",
+    "rlhf/rlhf_ppo.py": "--total-episodes 64 --eval-episodes 16 --eval-every 4 --batch-size 16 --response-length 6"
+    " --sft-epochs 0 --reward-epochs 1 --judge-split None",
 }
 
 # The tests of one script share its tiny run, so pytest-xdist gives them to one worker.

@@ -23,7 +23,11 @@ from conftest import DEFAULT_TINY, ROOT, SCRIPTS, TINY, each_script, load_script
 # Flags for a run that goes on until it is stopped.
 DEFAULT_ENDLESS = "--total-timesteps 100000000"
 ENDLESS = {
-    "algos/dynamic_programming.py": "--env Taxi-v4 --gamma 1 --tolerance 1e-300 --total-timesteps 100000000",
+    "algos/dqn.py": "--total-timesteps 2000000",  # it reports every 200th of a run
+    "algos/dynamic_programming.py": "--env FrozenLake-v1 --map-size 32 --gamma 0.99999 --tolerance 1e-300"
+    " --total-timesteps 1000000",
+    "rlhf/pretrain.py": "--total-episodes 100000000",
+    "rlhf/rlhf_ppo.py": "--total-episodes 1000000",
 }
 
 # Flags that make the loss overflow; None where the updates are averages and cannot.
@@ -336,7 +340,7 @@ def test_eval_repeats_the_score(script, trained, capsys, tmp_path):
         run_script(script, "--eval", path, *tiny(script))
         shown.append(capsys.readouterr().out)
     assert shown[0] == shown[1]
-    assert re.search(r"-?\d+\.\d", shown[0]) and folder.name in shown[0]
+    assert re.search(r"\d\.\d", shown[0])
     assert {name: (folder / name).read_bytes() for name in before} == before  # the run stays as it was
 
 
@@ -608,7 +612,7 @@ def test_smoke_on_every_device(script, device, tmp_path, capsys):
     assert all(torch.isfinite(tensor).all() for tensor in tensors_in(checkpoint_of(folder)))
     run_script(script, "--resume", folder, *budget(script, 2))
     run_script(script, "--eval", folder, "--device", "cpu")
-    assert "return" in capsys.readouterr().out
+    assert re.search(r"\d\.\d", capsys.readouterr().out)
 
 
 def test_capture_video_leaves_a_film(trained, tmp_path):
