@@ -19,6 +19,7 @@ Papers   Ziegler et al. 2019, Fine-Tuning Language Models from Human Preferences
          Ouyang et al. 2022, Training Language Models to Follow Instructions, arXiv 2203.02155
          Schulman et al. 2017, Proximal Policy Optimization, arXiv 1707.06347
          Wang et al. 2024, Transforming and Combining Rewards, arXiv 2402.00742 (the log-sigmoid)
+         Bojanowski et al. 2017, Enriching Word Vectors with Subword Information, arXiv 1607.04606
          Gao et al. 2022, Scaling Laws for Reward Model Overoptimization, arXiv 2210.10760
 
 Run      python rlhf/rlhf_ppo.py
@@ -39,9 +40,9 @@ Folder   besides the usual: sft/, reward_model/ and policy/, which from_pretrain
          of rated pairs, then episodes.
 
 Deviations from the papers
- 1. The reward model is a linear model of hashed words and word pairs (--reward-model bag), trained like any
-    other by Bradley-Terry. Some thousand rated sentences teach it more than they teach a scalar head on
-    a small language model (--reward-model lm, the papers' way).
+ 1. The reward model is linear in hashed words, word pairs and pieces of words (--reward-model bag), trained
+    like any other by Bradley-Terry; some thousand rated sentences are enough for it. The papers' way, a
+    scalar head on the SFT model, is --reward-model lm --reward-learning-rate 1e-4 --reward-epochs 3.
  2. A pair's target is the share of rater pairs that prefer its first text, not one rater's verdict.
  3. The reward is log sigmoid(score): a text clearly better than the reference's typical one is good
     enough, which removes the incentive to repeat the best phrase (--reward-shaping none for the papers').
@@ -276,9 +277,7 @@ def known(tokenizer: Any, rows: list[list[int]], what: str) -> list[int]:
     if not kept:
         fail(f"none of the {len(rows)} {what} is made of words that the tokenizer knows")
     if len(kept) < len(rows):
-        print(
-            f"{len(kept):,} of {len(rows):,} {what} are made of words that the tokenizer knows; the others are left out"
-        )
+        print(f"{len(kept):,} of {len(rows):,} {what} are made of words that the tokenizer knows; the rest is left out")
     return kept
 
 
@@ -432,13 +431,13 @@ def hash_grams(text: str, buckets: int) -> list[int]:
 class NGramBagConfig(transformers.PretrainedConfig):
     model_type = "ngram_bag"
 
-    def __init__(self, buckets: int = 2**16, **kwargs: Any):
+    def __init__(self, buckets: int = 2**18, **kwargs: Any):
         self.buckets = buckets
         super().__init__(**kwargs)
 
 
 class NGramBag(transformers.PreTrainedModel):
-    """A linear model of words, word pairs and four-letter pieces of words, all hashed (after Bojanowski 2017).
+    """A linear model of words, word pairs and four-letter pieces of words, all hashed (Bojanowski 2017).
 
     The score is the sum of their weights over the root of their number: a mean would reward short texts.
     """
@@ -458,7 +457,7 @@ class NGramBag(transformers.PreTrainedModel):
     def forward(self, texts: list[str]) -> Tensor:  # -> [B]
         buckets = [hash_grams(text, self.config.buckets) for text in texts]
         sizes = torch.tensor([len(row) for row in buckets])
-        ids, starts = torch.tensor(sum(buckets, [])), sizes.cumsum(0) - sizes
+        ids, starts = torch.tensor([n for row in buckets for n in row]), sizes.cumsum(0) - sizes
         total = self.weights(ids.to(self.bias.device), starts.to(self.bias.device)).squeeze(-1)
         return total / sizes.to(self.bias.device).sqrt() + self.bias
 
@@ -494,7 +493,8 @@ class Reward(nn.Module):
             self.mean.fill_(getattr(self.net.config, "reward_mean", 0.0))
             self.std.fill_(getattr(self.net.config, "reward_std", 1.0))
 
-    def raw(self, texts: list[str]) -> Tensor:
+    def forward(self, texts: list[str]) -> Tensor:
+        """Scores as the model gives them."""
         if self.function is not None:
             try:
                 scores = torch.as_tensor(np.asarray(self.function(texts), dtype=np.float32))
@@ -516,13 +516,10 @@ class Reward(nn.Module):
         last = hidden[torch.arange(len(ids), device=ids.device), mask.sum(1) - 1]
         return self.net.score(last)[:, self.label].float()
 
-    def forward(self, texts: list[str]) -> Tensor:
-        return self.raw(texts)
-
     @torch.no_grad()
     def score(self, texts: list[str]) -> Tensor:
         """Normalised scores, [B]; ends the program if one is no number."""
-        parts = [self.raw(texts[i : i + 256]) for i in range(0, len(texts), 256)]
+        parts = [self(texts[i : i + 256]) for i in range(0, len(texts), 256)]
         scores = (torch.cat(parts) - self.mean) / self.std
         if not torch.isfinite(scores).all():
             text = texts[int((~torch.isfinite(scores)).nonzero()[0])]
@@ -958,7 +955,7 @@ class Judges:
         texts = [head + text for head, text in zip(heads, texts, strict=True)]
         positive = (torch.tensor(column(data, args.label_column)) > args.positive_above).float()
         self.net = NGramBag(NGramBagConfig())
-        optimizer = torch.optim.Adam(self.net.parameters(), lr=1e-2)
+        optimizer = torch.optim.Adam(self.net.parameters(), lr=2e-2)
         for rows in batches(len(texts), 64, 10, seed=0):  # the same judge whatever the run's seed
             loss = F.binary_cross_entropy_with_logits(self.net([texts[n] for n in rows]), positive[rows])
             optimizer.zero_grad()

@@ -9,6 +9,7 @@ TRL puts the score of an ended text on the pad after it, and rlhf_ppo.py on its 
 1e-6: a key's bias has no gradient but rounding errors, which the usual 1e-8 would blow up.
 """
 
+# ruff: noqa: E402 (the imports come after the path to TRL)
 import json
 import sys
 import tempfile
