@@ -20,16 +20,16 @@ Papers   Bengio et al. 2003, A Neural Probabilistic Language Model, JMLR 3
          Eldan and Li 2023, TinyStories, arXiv 2305.07759
 
 Run      python rlhf/pretrain.py
-         python rlhf/pretrain.py --total-episodes 50000 --hidden 64 --layers 2         (a minute, and it shows)
-         python rlhf/pretrain.py --model rlhf/data/tiny_lm --total-episodes 40000       (goes on with that model)
+         python rlhf/pretrain.py --total-episodes 20000 --hidden 64 --layers 2         (quick, and it shows)
+         python rlhf/pretrain.py --model rlhf/data/tiny_lm --total-episodes 20000 --learning-rate 3e-4
          python rlhf/pretrain.py --dataset roneneldan/TinyStories --max-length 256 --max-vocab 8000
          python rlhf/pretrain.py --eval runs/<folder>
 
 Expect   not measured yet
 
 Folder   besides the usual: lm/, which from_pretrained loads, and samples.txt. Steps are texts read, with
-         repetition. summary.json has valid_loss (nats a token on texts left out), valid_perplexity and
-         distinct_2, the share of word pairs in samples that occur once only among pairs.
+         repetition. summary.json has valid_loss (nats a token on texts left out), valid_perplexity,
+         distinct_2 (different pairs of neighbouring words over all pairs, in samples) and mean_words.
 
 Deviations from GPT-2
  1. Words, not pieces of words. A token is a word with the space before it, or a punctuation mark; a rarer
@@ -38,7 +38,7 @@ Deviations from GPT-2
     from tokens lose the end of the text, and a model that learns from them cannot stop.
  3. Each text is a row of its own. Half of the batches begin with <bos> and half with the first word, so
     the model knows both beginnings: its tokenizer adds nothing to a prompt.
- 4. No dropout: the text is seen a few times only, and the RLHF scripts want none.
+ 4. No dropout: a text is seen a few times only.
  5. Batches hold texts of similar length, which leaves little padding to compute.
 """
 
@@ -88,7 +88,7 @@ class Args:
     """texts to learn from: a hub name or a folder"""
     seed: int = 1
     """seed of every random number: weights, order of the texts, samples; >= 0"""
-    total_episodes: int = 200_000
+    total_episodes: int = 72_000
     """texts to read, with repetition"""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """where training runs; auto is the GPU where there is one"""
@@ -298,8 +298,7 @@ def train(args: Args) -> Path:
     optimizer = adamw(lm, args)
     rows, valid_rows = (encode(tokenizer, texts, args.max_length) for texts in (train_texts, valid_texts))
     if saved:
-        lm.load_state_dict(saved["lm"])
-        optimizer.load_state_dict(saved["optimizer"])
+        restore(saved, lm=lm, optimizer=optimizer)
     parameters = sum(p.numel() for p in lm.parameters())
     print(f"{len(rows):,} texts, {len(valid_rows):,} left out · {len(tokenizer):,} words · {parameters:,} parameters")
 
@@ -386,11 +385,13 @@ def evaluate(args: Args, lm: nn.Module, tokenizer: Any, valid_rows: list[list[in
 
 def evaluate_saved(args: Args) -> None:
     """--eval: rebuilds the saved model, measures it and prints samples."""
+    validate(args)
+    validate(args)
     saved = load_checkpoint(args.eval)
     device = pick_device(args.device, auto="cuda" if torch.cuda.is_available() else "cpu")
     train_texts, valid_texts = load_texts(args)
     tokenizer, lm = make_lm(args, train_texts)
-    lm.load_state_dict(saved["lm"])
+    restore(saved, lm=lm)
     results, samples = evaluate(args, lm.to(device), tokenizer, encode(tokenizer, valid_texts, args.max_length))
     print("\n".join(samples[:20]))
     figures = " · ".join(f"{name} {value:.4g}" for name, value in results.items())
@@ -419,8 +420,9 @@ def parse_args(cls: type, presets: dict[str, dict[str, Any]], argv: list[str] | 
         except SystemExit as stop:
             if not stop.code:  # --help
                 raise
-            box = errors.getvalue().split("│ ──")[0]  # tyro's message stands in a box above a rule
-            fail(" ".join(re.findall(r"│ (.*?) *│", box)) + "; --help lists every flag")
+            box = re.sub(r"[│─╭╮╰╯]|-{5,}", " ", errors.getvalue())  # tyro's message stands in a box,
+            message = box.partition("\n")[2].strip()  # under a title
+            fail(re.split(r"\n\s*\n", message)[0].rstrip(" .") + "; --help lists every flag")  # and above a rule
 
     args = parse(cls())
     if path := args.eval or args.resume:
@@ -467,10 +469,19 @@ def load_checkpoint(path: str) -> dict[str, Any]:
         saved = torch.load(file, map_location="cpu", weights_only=True)
         script = saved["script"]
     except Exception as error:  # whatever a damaged file makes the loader raise
-        fail(f"{file} is not a readable checkpoint: {str(error).splitlines()[0]}")
+        fail(f"{file} is not a readable checkpoint: {(str(error) or repr(error)).splitlines()[0]}")
     if script != Path(__file__).stem:
         fail(f"{file} was saved by {script}.py, not by {Path(__file__).name}")
     return saved
+
+
+def restore(saved: dict[str, Any], **parts: Any) -> None:
+    """restore(saved, agent=agent) is agent.load_state_dict(saved["agent"]), or one line if it does not fit."""
+    for name, part in parts.items():
+        try:
+            part.load_state_dict(saved[name])
+        except (KeyError, RuntimeError, ValueError):
+            fail(f"the saved {name} does not fit these flags; use the environment and sizes it was trained with")
 
 
 class RunRecord:
@@ -493,6 +504,11 @@ class RunRecord:
         record = saved["record"] if saved else {"step": 0, "seconds": 0.0, "solved": None, "returns": [], "lengths": []}
         self.step, self.seconds, self.solved = record["step"], record["seconds"], record["solved"]
         self.returns, self.lengths = deque(record["returns"], 100), deque(record["lengths"], 100)
+        if args.track:
+            try:
+                import wandb
+            except ImportError:
+                fail("--track needs the package wandb: pip install wandb")
         try:
             self.folder = checkpoint_path(args.resume).parent if saved else self._new_folder()
             libraries = {"torch", "numpy", "gymnasium", "transformers", "trl"} & set(sys.modules)
@@ -509,11 +525,10 @@ class RunRecord:
         self.wandb = None
         if args.track:
             try:
-                import wandb
-            except ImportError:
-                fail("--track needs the package wandb: pip install wandb")
-            self.wandb = wandb.init(project=args.wandb_project, entity=args.wandb_entity, name=self.folder.name,
-                                    config=dataclasses.asdict(args), dir=str(self.folder))  # fmt: skip
+                self.wandb = wandb.init(project=args.wandb_project, entity=args.wandb_entity, name=self.folder.name,
+                                        config=dataclasses.asdict(args), dir=str(self.folder))  # fmt: skip
+            except wandb.Error as error:
+                fail(f"Weights & Biases: {error} WANDB_MODE=offline needs no account. Nothing was trained")
 
     def _new_folder(self) -> Path:
         stem = f"{self.name.replace('/', '-')}__{self.script}__{self.args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
@@ -526,9 +541,9 @@ class RunRecord:
 
     def _drop_rows_after(self, step: int) -> None:
         """Cuts metrics.csv back to the checkpoint that is resumed."""
-        header, *rows = (self.folder / "metrics.csv").read_text().splitlines(keepends=True)
-        kept = [row for row in rows if row.endswith("\n") and int(row.split(",")[0]) <= step]
-        (self.folder / "metrics.csv.tmp").write_text("".join([header, *kept]))
+        rows = (self.folder / "metrics.csv").read_text().splitlines(keepends=True)
+        kept = [row for row in rows[1:] if row.endswith("\n") and int(row.split(",")[0]) <= step]
+        (self.folder / "metrics.csv.tmp").write_text("".join(rows[:1] + kept))
         os.replace(self.folder / "metrics.csv.tmp", self.folder / "metrics.csv")
 
     def __enter__(self) -> RunRecord:
@@ -552,7 +567,7 @@ class RunRecord:
         """Writes one row of metrics; None stands for "nothing yet". Ends the run on a loss that is not finite."""
         for key, value in metrics.items():
             if key.startswith("losses/") and value is not None and not math.isfinite(value):
-                fail(f"{key} is {value} at step {step}; the last good checkpoint is {self.folder / 'model.pt'}", 1)
+                self._stop(f"{key} is {value} at step {step}")
         now = time.perf_counter()
         self.seconds, sps = now - self.started, (step - self.step) / (now - self.reported)
         row: dict[str, Any] = {"step": step, "seconds": round(self.seconds, 3), "charts/SPS": round(sps)}
@@ -581,13 +596,17 @@ class RunRecord:
         if now - self.saved > 20:
             self.save()
 
+    def _stop(self, reason: str) -> NoReturn:
+        file = self.folder / "model.pt"
+        fail(f"{reason}; " + (f"the last good checkpoint is {file}" if file.exists() else "nothing was saved yet"), 1)
+
     def save(self) -> None:
         """Writes model.pt whole or not at all, and never over a good one with weights that are not finite."""
         state = self.state()
         for name, part in state.items():
             for tensor in part.values() if isinstance(part, dict) else ():
                 if isinstance(tensor, torch.Tensor) and not tensor.isfinite().all():
-                    fail(f"the {name} is not finite after step {self.step}; the checkpoint before it is kept", 1)
+                    self._stop(f"the {name} is not finite at step {self.step}")
         record = {"step": self.step, "seconds": self.seconds, "solved": self.solved,
                   "returns": list(self.returns), "lengths": list(self.lengths)}  # fmt: skip
         content = {"script": self.script, "args": dataclasses.asdict(self.args), "record": record, **state}
@@ -646,6 +665,7 @@ class RunRecord:
             axis.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
         for axis in axes.flat[len(self.curves) :]:
             axis.set_visible(False)
+        figure.supxlabel("steps", fontsize=11)
         figure.suptitle(f"{self.name} · {self.script} · seed {self.args.seed}", fontsize=12)
         figure.savefig(self.folder / "curves.png", dpi=120)
         plt.close(figure)
