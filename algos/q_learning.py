@@ -13,11 +13,11 @@ one entry a little towards what that step has just shown:
 
     Q(s, a)  <-  Q(s, a) + alpha * ( target - Q(s, a) )
 
-    target = r + gamma * max_a' Q(s', a')                    q-learning: as if greedy from now on
-             r + gamma * Q(s', a'), a' the action taken next      sarsa: as it really goes on
-             r + gamma * sum_a' pi(a' | s') Q(s', a')    expected-sarsa: the mean over that action
-             r + gamma * Q2(s', argmax_a' Q(s', a'))   double-q-learning: one table picks, one judges
-             r + gamma * V(s')                                      td0: judges a given policy
+    target = r + gamma * max_a' Q(s', a')               q-learning: as if greedy from now on
+             r + gamma * Q(s', a')                      sarsa: with the action a' really taken next
+             r + gamma * sum_a' pi(a' | s') Q(s', a')   expected-sarsa: its mean over those actions
+             r + gamma * Q2(s', argmax_a' Q(s', a'))    double-q-learning: one table picks, one judges
+             r + gamma * V(s')                          td0: no actions, judges a given policy
 
 Q-learning is off-policy: it learns the value of the greedy policy while exploring. SARSA is
 on-policy: it learns the value of what it does, exploration and its accidents included.
@@ -35,10 +35,17 @@ Run      python algos/q_learning.py
          python algos/q_learning.py --env FrozenLake8x8-v1
          python algos/q_learning.py --env CliffWalking-v1
          python algos/q_learning.py --env CliffWalking-v1 --algorithm sarsa
-         python algos/q_learning.py --env Taxi-v4
+         python algos/q_learning.py --env Taxi-v4                       (needs gymnasium 1.3)
          python algos/q_learning.py --env Blackjack-v1
          python algos/q_learning.py --algorithm td0 --policy random
          python algos/q_learning.py --eval runs/<folder> --eval-episodes 10000
+
+Expect   not measured yet
+
+Results  summary.json: success_rate with its 95 % interval, from the evaluation episodes. Where the rules
+         are known also, exactly: exact_return of the learned policy within the time limit (on
+         FrozenLake its probability of success) beside the optimal_return, and q_error, the largest
+         error of the table. metrics.csv has both as curves; q_table.png shows the table at six moments.
 
 Deviations from the papers
  1. The next action is chosen before the table is updated, for every algorithm: SARSA needs it, and one
