@@ -25,7 +25,9 @@ Run      python rlhf/pretrain.py
          python rlhf/pretrain.py --dataset roneneldan/TinyStories --max-length 256 --max-vocab 8000
          python rlhf/pretrain.py --eval runs/<folder>
 
-Expect   not measured yet
+Expect   seed 1, the model in data/tiny_lm: held-out loss 3.65 nats a token (perplexity 38), distinct-2 .78 in
+         512 samples of 10.4 words, after 72,000 texts (7 passes) and 423 s on one shared CPU core. About
+         half of its sentences read well. On a GPU: not measured yet.
 
 Folder   besides the usual: lm/, which from_pretrained loads, and samples.txt. Steps are texts read, with
          repetition. summary.json has valid_loss (nats a token on texts left out), valid_perplexity,
