@@ -115,8 +115,8 @@ def test_header_opens_the_file(script):
     assert source(script).startswith("# /// script\n")
     header = ast.get_docstring(ast.parse(source(script)))
     assert f"python {script}" in header
-    for part in ("\nPapers ", "\nRun ", "\nExpect "):
-        assert part in header
+    for part in ("(Papers|Books)", "Run", "Expect"):
+        assert re.search(rf"^{part} ", header, re.M), part
     assert re.search(r"^Deviations\b.*\n 1\. ", header, re.M)
 
 

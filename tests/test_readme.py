@@ -58,7 +58,7 @@ def test_documented_command_runs(command, trained, tmp_path, monkeypatch):
 
 
 def test_every_script_is_in_the_table_and_has_commands():
-    rows = re.findall(r"^\| .* \| \[(\w+\.py)\]\(((?:algos|rlhf)/\w+\.py)\) \| `python (\S+)", README, re.M)
+    rows = re.findall(r"^\| .* \| \[(\w+\.py)\]\(((?:algos|rlhf)/\w+\.py)\) \| `python ([\w/.]+)", README, re.M)
     assert sorted(path for _, path, _ in rows) == SCRIPTS
     assert all(path.endswith("/" + name) and path == command for name, path, command in rows)
     for script in SCRIPTS:
