@@ -507,6 +507,17 @@ def test_unknown_subject_gets_one_line(script, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@each_script
+def test_missing_data_gets_one_line(script, capsys, tmp_path):
+    """As in a copy of a language script that has no data beside it."""
+    if not script.startswith("rlhf/"):
+        pytest.skip("needs no data")
+    for flag in ("--model", "--dataset"):
+        message = refusal(capsys, script, *tiny(script), flag, tmp_path / "data" / "nothing", "--run-dir", tmp_path)
+        assert str(tmp_path / "data" / "nothing") in message
+    assert not list(tmp_path.iterdir())
+
+
 class Odd(gym.Env):
     """An environment whose spaces no script handles."""
 
