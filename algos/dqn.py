@@ -168,6 +168,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "LunarLander-v3": dict(
         total_timesteps=1_200_000, reward_scale=0.05, hidden=(128, 128),
     ),
+    "Acrobot-v1": dict(
+        total_timesteps=300_000, num_envs=32, reward_scale=0.1,
+    ),
 }  # fmt: skip
 
 
@@ -458,7 +461,7 @@ class Foresight:
     def __init__(self, num_envs: int, gamma: float):
         self.gamma = gamma
         self.weight, self.predicted, self.obtained, self.length = np.zeros((4, num_envs))
-        self.sums = np.zeros(3)  # predicted, obtained, states
+        self.episodes: deque[tuple[float, float, float]] = deque(maxlen=100)  # sums of predicted, obtained, length
 
     def add(self, q: np.ndarray, rewards: np.ndarray, valid: np.ndarray) -> None:
         """One step of every environment, all [N]; q is the value of the action taken."""
@@ -470,15 +473,16 @@ class Foresight:
     def end(self, ended: np.ndarray, rest: np.ndarray) -> None:
         """Episodes of the environments ended [M] are over; rest [M] is the value of what was cut off, or 0."""
         self.obtained[ended] += self.gamma * self.weight[ended] * rest
-        self.sums += [self.predicted[ended].sum(), self.obtained[ended].sum(), self.length[ended].sum()]
+        self.episodes.extend(zip(self.predicted[ended], self.obtained[ended], self.length[ended], strict=True))
         for array in (self.weight, self.predicted, self.obtained, self.length):
             array[ended] = 0
 
     def means(self) -> tuple[float, float] | tuple[None, None]:
-        """Mean prediction and mean discounted return of the episodes that ended since the last call."""
-        predicted, obtained, states = self.sums.tolist()
-        self.sums[:] = 0
-        return (predicted / states, obtained / states) if states else (None, None)
+        """Mean prediction and mean discounted return at the states of the last 100 finished episodes."""
+        if not self.episodes:
+            return None, None
+        predicted, obtained, states = np.sum(list(self.episodes), axis=0).tolist()
+        return predicted / states, obtained / states
 
 
 # 5. Training ------------------------------------------------------------------------------------
