@@ -189,14 +189,16 @@ def test_a_time_limit_of_one_step_is_no_death(learn):
     assert summary["eval_return_mean"] == 1.0
 
 
-def test_first_step_moves_one_entry_of_one_table(learn):
-    tables, _, folder = learn("--env", "Pair-v0", "--total-timesteps", "1", "--algorithm", "double-q-learning",
-                              "--learning-rate", "0.5", "--initial-value", "2", "--gamma", "0.5")  # fmt: skip
-    assert sorted(tables[:, 0, 0]) == [2.0, 2.0] and (tables[:, 1] == 2).all()  # 2 + 0.5 * (1 + 0.5 * 2 - 2) = 2
-    tables, _, folder = learn("--env", "Pair-v0", "--total-timesteps", "1", "--algorithm", "double-q-learning",
-                              "--learning-rate", "0.5", "--initial-value", "4", "--gamma", "0.5")  # fmt: skip
-    assert sorted(tables[:, 0, 0]) == [3.5, 4.0]  # 4 + 0.5 * (1 + 0.5 * 4 - 4)
-    assert ql.load_checkpoint(str(folder))["visits"].tolist() == [[1], [0]]
+def test_double_q_learning_tosses_a_coin_and_moves_one_entry_of_one_table(learn):
+    moved = set()
+    for seed in "123456":
+        tables, _, folder = learn("--env", "Pair-v0", "--algorithm", "double-q-learning", "--total-timesteps", "1",
+                                  "--learning-rate", "0.5", "--initial-value", "4", "--gamma", "0.5",
+                                  "--seed", seed)  # fmt: skip
+        assert sorted(tables[:, 0, 0]) == [3.5, 4.0] and (tables[:, 1] == 4).all()  # 4 + 0.5 * (1 + 0.5 * 4 - 4)
+        assert ql.load_checkpoint(str(folder))["visits"].tolist() == [[1], [0]]
+        moved.add(int(tables[:, 0, 0].argmin()))
+    assert moved == {0, 1}
 
 
 # Worlds with known values -------------------------------------------------------------------------
@@ -313,13 +315,15 @@ def test_the_environment_is_seeded_once(learn, monkeypatch):
 
 
 def test_resume_goes_on(learn):
+    def resume(total):
+        ql.train(ql.parse_args(ql.Args, ql.PRESETS, ["--resume", str(folder), "--total-timesteps", total]))
+        return ql.load_checkpoint(str(folder))
+
     _, _, folder = learn("--total-timesteps", "3000")
-    saved = ql.load_checkpoint(str(folder))
-    args = ql.parse_args(ql.Args, ql.PRESETS, ["--resume", str(folder), "--total-timesteps", "5000"])
-    assert ql.train(args) == folder
-    resumed = ql.load_checkpoint(str(folder))
-    assert saved["visits"].sum() == 3000 and resumed["visits"].sum() == 5000
-    assert set(saved["history"]) < set(resumed["history"]) and max(resumed["history"]) == 5000
+    saved, same, longer = ql.load_checkpoint(str(folder)), resume("3000"), resume("5000")
+    assert same["random"] == saved["random"] and (same["tables"] == saved["tables"]).all()
+    assert saved["visits"].sum() == 3000 and longer["visits"].sum() == 5000
+    assert set(saved["history"]) < set(longer["history"]) and max(longer["history"]) == 5000
     assert json.loads((folder / "summary.json").read_text())["steps"] == 5000
 
 
