@@ -46,11 +46,13 @@ Deviations from the papers
  2. A pair's target is the share of rater pairs that prefer its first text, not one rater's verdict.
  3. The reward is log sigmoid(score): a text clearly better than the reference's typical one is good
     enough, which removes the incentive to repeat the best phrase (--reward-shaping none for the papers').
- 4. Policy and value function share the network, with a value head that starts at zero
+ 4. A bonus per token, adapted like the KL coefficient, keeps texts as long as the SFT model's, for the raters
+    have no preference for a length (--no-keep-length).
+ 5. Policy and value function share the network, with a value head that starts at zero
     (--separate-value for two networks).
- 5. The score stands on the last token, which is the end-of-sequence token where there is one, and that
+ 6. The score stands on the last token, which is the end-of-sequence token where there is one, and that
     token is trained too, also when the tokenizer pads with it. TRL puts the score on the pad after it.
- 6. One function computes the old, the reference's and the new log-probabilities, at the sampling
+ 7. One function computes the old, the reference's and the new log-probabilities, at the sampling
     temperature and without dropout, so the first ratio is 1 and the first KL 0.
 """
 
@@ -172,6 +174,8 @@ class Args:
     """shift and scale scores to mean 0 and standard deviation 1 on the SFT model's samples"""
     reward_shaping: Literal["none", "logsigmoid"] = "logsigmoid"
     """what becomes of the score: itself, or log sigmoid of it, which levels off at 0"""
+    keep_length: bool = True
+    """pay a small bonus per token (a price, if negative), adapted to keep texts as long as the SFT model's"""
     missing_eos_penalty: float = 1.0
     """taken off the reward of a text that did not end; >= 0"""
 
@@ -201,7 +205,7 @@ class Args:
     """weight of the value loss; >= 0"""
     target_kl: float | None = None
     """end an update early once the policy has moved this many nats a token; None never does"""
-    kl_coef: float = 0.1
+    kl_coef: float = 0.05
     """price of a nat of KL from the SFT model (beta); >= 0"""
     kl_estimator: Literal["k1", "k3"] = "k1"
     """KL in the reward: k1 (unbiased, the objective's own gradient) or k3 (never negative, biased as a reward)"""
@@ -641,7 +645,7 @@ def distinct_2(texts: list[str]) -> float:
 # 5. Training ------------------------------------------------------------------------------------
 
 CURVES = ("objective/score", "eval/judge", "eval/kl", "eval/length", "eval/distinct_2", "losses/entropy")
-COLUMNS = ("charts/learning_rate", "charts/kl_coef", "losses/sft_loss", "losses/reward_loss",
+COLUMNS = ("charts/learning_rate", "charts/kl_coef", "charts/token_bonus", "losses/sft_loss", "losses/reward_loss",
            "objective/score", "objective/kl", "objective/reward", "objective/length", "objective/ended",
            "losses/policy_loss", "losses/value_loss", "losses/entropy", "losses/approx_kl", "losses/clipfrac",
            "losses/explained_variance", "eval/score", "eval/judge", "eval/vader", "eval/kl", "eval/kl_interval",
@@ -701,8 +705,10 @@ def reward_loss(model: nn.Module, texts: list[str], shares: np.ndarray, chosen: 
     return pair_loss(scores[::2], scores[1::2], preferred).unsqueeze(0)
 
 
-def normalize(args: Args, reward: Reward, tokenizer: Any, reference: nn.Module, prompts: list[list[int]]) -> None:
-    """Sets the reward's mean and deviation so that the reference's texts score 0 and 1."""
+def study_reference(
+    args: Args, reward: Reward, tokenizer: Any, reference: nn.Module, prompts: list[list[int]]
+) -> float:  # fmt: skip
+    """Shifts and scales the reward so that the reference's texts score 0 and 1; returns their mean length."""
     rng = np.random.default_rng([args.seed, 5])
     ids, mask = pad([prompts[n] for n in rng.integers(len(prompts), size=512)], tokenizer.pad_token_id, "left")
     ids, mask = ids.to(reference.device), mask.to(reference.device)
@@ -710,11 +716,12 @@ def normalize(args: Args, reward: Reward, tokenizer: Any, reference: nn.Module, 
     tokens, response, _ = sample(reference, ids, mask, uniforms, tokenizer.eos_token_id, tokenizer.pad_token_id,
                                  args.temperature)  # fmt: skip
     scores = reward.score(decode(tokenizer, torch.cat((ids, tokens), 1), torch.cat((mask, response), 1)))
-    scores = scores * reward.std + reward.mean
-    reward.mean.copy_(scores.mean())
-    reward.std.copy_(scores.std().clamp(min=1e-6))
-    if reward.net is not None:  # from_pretrained brings them back
+    if args.normalize_reward:
+        reward.mean += scores.mean() * reward.std
+        reward.std *= scores.std().clamp(min=1e-6)
+    if reward.net is not None:  # so that from_pretrained brings them back
         reward.net.config.reward_mean, reward.net.config.reward_std = reward.mean.item(), reward.std.item()
+    return response.sum(1).float().mean().item()
 
 
 def rollout(
@@ -741,14 +748,14 @@ def rollout(
     return {name: accelerator.gather(x) for name, x in batch.items()}
 
 
-def add_advantages(args: Args, batch: dict[str, Tensor], kl_coef: float) -> None:
+def add_advantages(args: Args, batch: dict[str, Tensor], kl_coef: float, token_bonus: float = 0.0) -> None:
     """Rewards, advantages and returns of a rollout, added to it."""
     mask, scores = batch["response_mask"], batch["scores"]
     if args.reward_shaping == "logsigmoid":
         scores = F.logsigmoid(scores)
     scores = scores - args.missing_eos_penalty * (1 - batch["ended"])
     batch["kl"] = kl_estimate(batch["logprobs"], batch["ref_logprobs"], args.kl_estimator) * mask
-    batch["rewards"] = token_rewards(scores, batch["kl"], mask, kl_coef)
+    batch["rewards"] = token_rewards(scores, batch["kl"], mask, kl_coef) + token_bonus * mask
     advantages = gae(batch["rewards"], batch["values"], mask, args.gamma, args.gae_lambda)
     batch["returns"] = advantages + batch["values"] * mask
     batch["advantages"] = whiten(advantages, mask)
@@ -850,7 +857,8 @@ def train(args: Args) -> Path:
     iterations = math.ceil(args.total_episodes / args.batch_size)
 
     # What a checkpoint holds: the place reached, the networks made so far, the stage's optimizer.
-    place: dict[str, Any] = {"stage": "sft", "done": 0, "kl_coef": args.kl_coef, "results": {}}
+    place: dict[str, Any] = {"stage": "sft", "done": 0, "kl_coef": args.kl_coef, "token_bonus": 0.0, "sft_length": 0.0,
+                             "results": {}}  # fmt: skip
     agent = ActorCritic(policy, args.separate_value).to(device)
     networks: dict[str, nn.Module] = {"agent": agent}
     current: dict[str, Any] = {}
@@ -909,8 +917,7 @@ def train(args: Args) -> Path:
                     metrics = {"charts/learning_rate": lr, "losses/reward_loss": loss}
                     report("reward", done, args.reward_batch_size, metrics)
             place["results"] = reward_test(args, reward, held_out)
-            if args.normalize_reward:
-                normalize(args, reward, tokenizer, reference, prompts)
+            place["sft_length"] = study_reference(args, reward, tokenizer, reference, prompts)
             if reward.net is not None:
                 save_pretrained(run.folder / "reward_model", reward.net, reward.tokenizer)
 
@@ -922,10 +929,13 @@ def train(args: Args) -> Path:
             chosen = [prompts[n] for n in rng.integers(len(prompts), size=args.batch_size)]
             uniforms = rng.random((args.batch_size, args.response_length), np.float32)
             batch = rollout(args, accelerator, tokenizer, agent, reference, reward, chosen, uniforms)
-            add_advantages(args, batch, place["kl_coef"])
+            add_advantages(args, batch, place["kl_coef"], place["token_bonus"])
             losses = ppo_update(args, accelerator, model, optimizer, batch, rng)
 
-            metrics = {"charts/learning_rate": lr, "charts/kl_coef": place["kl_coef"]} | summarize(batch) | losses
+            metrics = {"charts/learning_rate": lr, "charts/kl_coef": place["kl_coef"],
+                       "charts/token_bonus": place["token_bonus"]} | summarize(batch) | losses  # fmt: skip
+            if args.keep_length:
+                place["token_bonus"] += 0.01 * (1 - metrics["objective/length"] / place["sft_length"])
             if args.kl_target is not None:
                 kl = metrics["objective/kl"]
                 place["kl_coef"] = adapt_kl_coef(place["kl_coef"], kl, args.kl_target, args.batch_size, args.kl_horizon)

@@ -390,6 +390,9 @@ def test_missing_end_costs_its_penalty():
     batch |= {name: torch.zeros(2, 2) for name in ("logprobs", "ref_logprobs", "values")}
     rlhf.add_advantages(args, batch, 0.1)
     assert batch["rewards"].tolist() == [[0, 5], [0, 2]]
+    batch["response_mask"] = torch.tensor([[1, 1], [1, 0]])
+    rlhf.add_advantages(args, batch, 0.1, token_bonus=0.5)
+    assert batch["rewards"].tolist() == [[0.5, 5.5], [2.5, 0]]
 
 
 def test_heads_start_as_the_papers_say():
@@ -483,10 +486,10 @@ def test_ppo_reaches_the_closed_form_optimum(tmp_path):
         "def score(texts):\n    return [t.split()[1:].count('a') - 0.7 * t.split()[1:].count('c') for t in texts]\n"
     )
     flags = make_folders(tmp_path, words, rows=[{"text": "a b c"}] * 4, scale=3.0)
-    settings = f"""--reward-model {tmp_path / "score.py"}:score --judge-split None --sft-epochs 0 --no-normalize-reward
-        --reward-shaping none --missing-eos-penalty 0 --kl-coef {beta} --response-length 3 --prompt-words 1
-        --batch-size 128 --total-episodes 12800 --learning-rate 3e-3 --update-epochs 3 --num-minibatches 2
-        --eval-every 1000 --eval-episodes 2"""
+    settings = f"""--reward-model {tmp_path / "score.py"}:score --judge-split None --sft-epochs 0 --eval-every 1000
+        --no-normalize-reward --no-keep-length --reward-shaping none --missing-eos-penalty 0 --kl-coef {beta}
+        --response-length 3 --prompt-words 1 --batch-size 128 --total-episodes 12800 --learning-rate 3e-3
+        --update-epochs 3 --num-minibatches 2 --eval-episodes 2"""
     folder = run(*flags, *settings.split())
     vocab = range(6)  # pad and unknown may be written as well: to the model they are tokens like others
     ends = []
