@@ -149,13 +149,12 @@ def keep_mean(module: Any, means: dict[str, torch.Tensor], name: str) -> Any:
 
 # Curves ----------------------------------------------------------------------------------------
 
-STEPS = "--total-timesteps 300000"
 RUNS = {
-    ("CartPole-v1", "REINFORCE, no baseline"): f"reinforce.py --baseline none {STEPS}",
-    ("CartPole-v1", "REINFORCE, mean"): f"reinforce.py --baseline mean {STEPS}",
-    ("CartPole-v1", "REINFORCE, time"): f"reinforce.py --baseline time {STEPS}",
-    ("CartPole-v1", "REINFORCE, value"): f"reinforce.py --baseline value {STEPS}",
-    **{("CartPole-v1", f"A2C, λ {x}"): f"a2c_gae.py --gae-lambda {x} {STEPS}" for x in LAMBDAS},
+    ("CartPole-v1", "REINFORCE, no baseline"): "reinforce.py --baseline none",
+    ("CartPole-v1", "REINFORCE, mean"): "reinforce.py --baseline mean",
+    ("CartPole-v1", "REINFORCE, time"): "reinforce.py --baseline time",
+    ("CartPole-v1", "REINFORCE, value"): "reinforce.py --baseline value",
+    **{("CartPole-v1", f"A2C, λ {x}"): f"a2c_gae.py --gae-lambda {x}" for x in LAMBDAS},
     ("LunarLander-v3", "REINFORCE"): "reinforce.py",
     ("LunarLander-v3", "A2C"): "a2c_gae.py",
 }  # fmt: skip
