@@ -1,0 +1,188 @@
+"""The study documents point at what is there: links, functions, flags, metrics, changed lines, formulas, commands."""
+
+import ast
+import functools
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, SCRIPTS, tiny
+
+PAGES = {path.name: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
+each_page = pytest.mark.parametrize("page", PAGES)
+
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
+MATH = re.compile(r"\$`([^`]*)`\$")
+SCRIPT = r"((?:algos|rlhf)/\w+\.py)"
+
+# What GitHub's renderer knows of LaTeX and these pages use; \operatorname, for one, it refuses.
+COMMANDS = set(
+    re.findall(
+        r"\\\w+",
+        r"""\alpha \beta \gamma \delta \epsilon \varepsilon \theta \bar \lambda \omega \phi \pi \rho \sigma \tau \nabla
+        \ell \mathbb \mathcal \mathrm \text \hat \log \max \min \arg \sum \frac \tfrac \infty \sim \mid \succ \Vert
+        \lvert \rvert \ge \le \ne \leftarrow \dots \quad \qquad \begin \end \big \Big""",
+    )
+)
+
+
+def without_math(text: str) -> str:
+    return MATH.sub("", re.sub(r"^```math\n.*?^```$", "", text, flags=re.M | re.S))
+
+
+def anchors(text: str) -> set[str]:
+    """The names under which GitHub makes the headings of a page reachable."""
+    titles = re.findall(r"^#+ (.+)$", BLOCK.sub("", text), re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def sections(text: str) -> list[str]:
+    return re.split(r"^(?=###? )", text, flags=re.M)
+
+
+@functools.cache
+def names_in(script: str) -> set[str]:
+    """Functions, classes and methods (as Class.method) of a script."""
+    tree = ast.parse((ROOT / script).read_text())
+    found = set()
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            found.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            found |= {f"{node.name}.{part.name}" for part in node.body if isinstance(part, ast.FunctionDef)}
+    return found
+
+
+@functools.cache
+def flags_of(script: str) -> set[str]:
+    """Every flag that a script takes, --no- forms included."""
+    tree = ast.parse((ROOT / script).read_text())
+    settings = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Args")
+    fields = [node for node in settings.body if isinstance(node, ast.AnnAssign)]
+    names = {field.target.id.replace("_", "-"): ast.unparse(field.annotation) for field in fields}
+    return {f"--{name}" for name in names} | {f"--no-{name}" for name, kind in names.items() if kind == "bool"}
+
+
+def mentions(text: str) -> list[tuple[str, str]]:
+    """(code, script) for each piece of inline code, and each command, of a page.
+
+    It speaks of the script named last before it in its section, or, if none was, of the first named after.
+    """
+    found = []
+    for section in sections(without_math(text)):
+        pattern = rf"\]\(\.\./{SCRIPT}\)|^python {SCRIPT}([^\n]*)$|^```\w*$|`([^`\n]+)`"
+        script, waiting = "", []
+        for match in re.finditer(pattern, section, re.M):
+            if match[1] or match[2]:
+                script = match[1] or match[2]
+                found += [(code, script) for code in waiting]
+                waiting = []
+            code = match[3] if match[2] else match[4]
+            if code and script:
+                found.append((code, script))
+            elif code:
+                waiting.append(code)
+        found += [(code, "") for code in waiting]
+    return found
+
+
+@each_page
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\[([^\]]*)\]\(([^)\s]+)\)", without_math(PAGES[page]))
+    for text, target in links:
+        if target.startswith("http"):
+            number = re.fullmatch(r"https://arxiv\.org/abs/(\d{4}\.\d{4,5})", target)
+            assert ("arxiv" in target) == bool(number) and (not number or text == number[1]), target
+            continue
+        path, _, anchor = target.partition("#")
+        file = (ROOT / "docs" / path).resolve() if path else ROOT / "docs" / page
+        assert file.exists(), target
+        assert not text.endswith(".py") or text == file.name, f"{text} leads to {target}"
+        assert not anchor or anchor in anchors(file.read_text()), target
+
+
+@each_page
+def test_names_are_those_of_the_script(page):
+    for code, script in mentions(PAGES[page]):
+        flags = re.findall(r"(?:^|\s)(--[a-z][a-z0-9-]*)", code)
+        name = re.fullmatch(r"([\w.]+)\(\)|([A-Z]\w+)", code) if code not in ("NEXT_STEP", "SAME_STEP") else None
+        metric = re.match(r"(charts|losses|objective|eval)/\w", code)
+        if flags or name or metric:
+            assert script, f"the section names no script for {code}"
+        assert not flags or set(flags) <= flags_of(script), f"{script} has no {code}"
+        assert not name or (name[1] or name[2]) in names_in(script), f"{script} defines no {code}"
+        assert not metric or f'"{code}"' in (ROOT / script).read_text(), f"{script} writes no {code}"
+
+
+@each_page
+def test_changed_lines_are_there_and_the_changed_script_compiles(page):
+    for section in sections(PAGES[page]):
+        for match in BLOCK.finditer(section):
+            if match[1] != "diff":
+                continue
+            script = re.findall(rf"\]\(\.\./{SCRIPT}\)", section[: match.start()])[-1]
+            text, lines = (ROOT / script).read_text(), match[2].splitlines()
+            assert {line[:1] for line in lines} <= set(" +-")
+            before, after = ("\n".join(line[1:] for line in lines if line[0] in kept) + "\n" for kept in (" -", " +"))
+            assert text.count("\n" + before) == 1, f"{script} has not exactly one place like\n{before}"
+            assert before != after
+            compile(text.replace(before, after), script, "exec")
+
+
+@each_page
+def test_formulas_are_ones_that_github_renders(page):
+    text = PAGES[page]
+    blocks = [body for kind, body in BLOCK.findall(text) if kind == "math"]
+    for formula in (*blocks, *MATH.findall(text)):
+        bare = re.sub(r"\\[{}]", "", formula)
+        depths = [bare[:i].count("{") - bare[:i].count("}") for i in range(len(bare) + 1)]
+        assert min(depths) == 0 == depths[-1], formula
+        assert set(re.findall(r"\\[a-zA-Z]+", formula)) <= COMMANDS, formula
+        begun, ended = (re.findall(rf"\\{word}\{{(\w+)\}}", formula) for word in ("begin", "end"))
+        assert begun == ended, formula
+        assert len(re.findall(r"(?<!\\)&", formula)) == 0 or begun, formula
+    for row in re.findall(r"^\|.*\|$", text, re.M):
+        assert not any("|" in formula for formula in MATH.findall(row)), f"a bar ends the cell: {row}"
+    assert "$" not in without_math(text), "inline formulas stand in $` and `$"
+
+
+@each_page
+def test_tables_have_as_many_cells_in_every_row(page):
+    tables = re.findall(r"(?:^\|.*\|\n)+", BLOCK.sub("", PAGES[page]), re.M)
+    for table in tables:
+        widths = {len(re.findall(r"(?<!\\)\|", MATH.sub("", row))) for row in table.splitlines()}
+        assert len(widths) == 1, table
+
+
+def test_every_idea_and_every_symptom_ends_in_something_to_try():
+    ideas = re.split(r"^(?=\*\*)", PAGES["eli5.md"], flags=re.M)[1:]
+    assert len(ideas) > 20
+    assert all("```bash\npython " in idea for idea in ideas)
+    symptoms = re.split(r"^(?=### )", PAGES["troubleshooting.md"], flags=re.M)[1:]
+    assert len(symptoms) > 10
+    for symptom in symptoms:
+        parts = re.findall(r"^\*\*(.+?)\*\*", symptom, re.M)
+        assert parts == ["Causes", "Look at", "Repair", "Provoke"], symptom.splitlines()[0]
+
+
+# Every command of the documents runs in test_readme.py, within one process. Here the first that eli5.md
+# shows for a script is started as a reader starts it; pixels, the slow one, are left to the other tests.
+FIRST = {
+    script: next(line for line in PAGES["eli5.md"].splitlines() if line.startswith(f"python {script}"))
+    for script in SCRIPTS
+    if f"python {script}" in PAGES["eli5.md"] and script != "algos/dqn_atari.py"
+}
+
+
+@pytest.mark.parametrize("command", FIRST.values())
+def test_shown_command_runs_in_a_shell(command, tmp_path):
+    _, script, *flags = shlex.split(command)
+    argv = [sys.executable, script, *flags, *tiny(script), "--run-dir", str(tmp_path)]
+    variables = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.run(argv, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stderr[-2000:]
+    [folder] = tmp_path.iterdir()
+    assert (folder / "summary.json").is_file() and process.stdout.splitlines()[-1].endswith(str(folder))
