@@ -44,6 +44,8 @@ def test_documented_command_runs(command, trained, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("WANDB_MODE", "disabled")
     script, *flags = shlex.split(command.replace("<", "{").replace(">", "}"))
+    # A player that has learnt nothing never serves in Breakout, and the game lasts for half an hour.
+    flags = [flag.replace("ALE/Breakout-v5", "ALE/Pong-v5") for flag in flags]
     if "runs/{folder}" in flags:
         shutil.copytree(trained(script), tmp_path / "run")
         flags[flags.index("runs/{folder}")] = str(tmp_path / "run")
