@@ -30,7 +30,10 @@ Run      python algos/dqn_atari.py
                                    --terminal-on-life-loss                 (closest to the paper of 2015)
          python algos/dqn_atari.py --eval runs/<folder> --capture-video
 
-Expect   not measured yet
+Expect   not measured yet: no score of an Atari game and no steps per second, on neither a CPU nor a GPU.
+         The preset for Pong is a first guess, not tuned. What is shown is small: on one seed, it learns
+         from pixels to foresee where a ball lands whose direction only two frames tell, and fails to
+         with --frame-stack 1 (tests/test_dqn_atari.py).
 
 Deviations from the papers
  1. Sticky actions: the machine repeats the last action with probability 0.25 per frame (Machado et
@@ -94,7 +97,7 @@ class Args:
     total_timesteps: int = 10_000_000
     """environment steps to train for, counted over all parallel environments; one is frame-skip frames"""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """where the networks run; auto is cuda where there is one, many times faster here"""
+    """where the networks run; auto is cuda where there is one, else cpu"""
     track: bool = False
     """send the metrics to Weights & Biases too (WANDB_MODE=offline keeps them on this machine)"""
     wandb_project: str = "plainrl"
@@ -169,7 +172,7 @@ class Args:
     clip_rewards: bool = True
     """learn from the sign of each reward only (scores are reported unclipped)"""
     bf16: bool = False
-    """run the networks in bfloat16: faster on GPUs, and on CPUs that have AVX512-BF16 or AMX"""
+    """run the networks in bfloat16; meant for GPUs, and for CPUs whose arithmetic has it (AVX512-BF16, AMX)"""
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -446,9 +449,7 @@ def train(args: Args) -> Path:
     """Trains as args say and returns the run folder."""
     validate(args)
     saved = load_checkpoint(args.resume) if args.resume else None
-    threads = torch.get_num_threads()
     device = pick_device(args.device, auto="cuda" if torch.cuda.is_available() else "cpu")
-    torch.set_num_threads(threads)  # convolutions are large enough to share out over the cores
     rng = seed_everything(args.seed)
 
     env = make_env(args)  # says in one line what is wrong, if anything is

@@ -362,3 +362,34 @@ def test_bad_settings_end_with_one_line(flags, message, tmp_path, capsys):
     error = capsys.readouterr().err
     assert stop.value.code == 2 and message in error and error.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+# Learning -------------------------------------------------------------------------------------
+
+
+def test_one_frame_of_the_drifting_ball_is_worth_a_tossed_coin():
+    """The best that any player can do who sees one frame at a time, counted out over all balls."""
+    env = gym.make(DRIFT).unwrapped
+    env.reset(seed=0)
+    won = {}  # by what is seen before the last step, and the action
+    for phase in range(40):
+        for action in range(3):
+            env.phase, env.row = phase, 18
+            seen = env.frame().tobytes()
+            won[seen, action] = won.get((seen, action), 0) + env.step(action)[1]
+    best = sum(max(won[seen, action] for action in range(3)) for seen in {seen for seen, _ in won}) / 40
+    assert best == pytest.approx(0.05)
+
+
+def score(tmp_path, **changes):
+    """The greedy return on the drifting ball after 30,000 steps."""
+    catch = dict(total_timesteps=30_000, num_envs=16, learning_rate=1e-3, train_frequency=64, gradient_steps=4,
+                 batch_size=32, buffer_size=50_000, target_network_frequency=1000, learning_starts=1000,
+                 exploration_fraction=0.5, eval_episodes=200, seed=1)  # fmt: skip
+    folder = atari.train(settings(tmp_path, DRIFT, **(catch | changes)))
+    return json.loads((folder / "summary.json").read_text())["eval_return_mean"]
+
+
+def test_movement_is_learnt_from_four_frames_and_not_from_one(tmp_path):
+    assert score(tmp_path) >= 0.9
+    assert score(tmp_path, frame_stack=1) <= 0.3
