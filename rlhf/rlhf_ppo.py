@@ -23,7 +23,7 @@ Papers   Ziegler et al. 2019, Fine-Tuning Language Models from Human Preferences
          Gao et al. 2022, Scaling Laws for Reward Model Overoptimization, arXiv 2210.10760
 
 Run      python rlhf/rlhf_ppo.py
-         python rlhf/rlhf_ppo.py --kl-coef 0.05 --reward-shaping none          (over-optimisation, made visible)
+         python rlhf/rlhf_ppo.py --reward-shaping none                        (no ceiling: compare score and judge)
          python rlhf/rlhf_ppo.py --reward-model my_reward.py:score             (score(texts) -> one number a text)
          python rlhf/rlhf_ppo.py --model gpt2 --dataset stanfordnlp/imdb --label-column label \\
              --reward-split "train[:25%]+train[50%:75%]" --judge-split "train[25%:50%]+train[75%:]" \\
@@ -31,7 +31,11 @@ Run      python rlhf/rlhf_ppo.py
          accelerate launch --num-processes 2 rlhf/rlhf_ppo.py
          python rlhf/rlhf_ppo.py --eval runs/<folder>
 
-Expect   not measured yet
+Expect   one fresh seed (101) on one core of a busy machine, 135 s of training; more seeds, a quiet machine and
+         a GPU are not measured yet. On 384 held-out prompts, before and after PPO: judge's P(positive) .46 and
+         .81, VADER .17 and .52, sequence KL 0 and 4.8 ± .4 nats, distinct-2 .93 and .86, length 11.5 and
+         11.0 tokens, reference perplexity 47 and 37. Reward model on held-out human pairs: .82 right where the
+         ratings are a grade or more apart, .75 over all pairs, calibration error .016.
 
 Folder   besides the usual: sft/, reward_model/ and policy/, which from_pretrained loads, and samples.md.
          summary.json has reward_accuracy (on held-out texts rated at least a grade apart),
@@ -842,12 +846,11 @@ def train(args: Args) -> Path:
     heads, texts = heads_and_texts(args, data)
     sft_rows = [encode(tokenizer, head, text, args.max_length) for head, text in zip(heads, texts, strict=True)]
     texts = [head + text for head, text in zip(heads, texts, strict=True)]
-    sft_rows = [sft_rows[n] for n in known(tokenizer, [ids for ids, _ in sft_rows], "texts")]
+    if args.sft_epochs:
+        sft_rows = [sft_rows[n] for n in known(tokenizer, [ids for ids, _ in sft_rows], "texts")]
     sft_batches = batches(len(sft_rows), args.sft_batch_size, args.sft_epochs, args.seed)
-    reward, trains_reward = (
-        Reward(args.reward_model, policy, tokenizer, args.reward_label),
-        args.reward_model in ("bag", "lm"),
-    )
+    trains_reward = args.reward_model in ("bag", "lm")
+    reward = Reward(args.reward_model, policy, tokenizer, args.reward_label)
     reward.to(device).score(texts[:2])  # a reward that does not work should say so now
     shares = vote_shares(args, data) if trains_reward else None
     pair_batches = batches(len(texts), args.reward_batch_size, args.reward_epochs if trains_reward else 0, args.seed)
