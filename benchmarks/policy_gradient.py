@@ -73,15 +73,16 @@ ESTIMATORS = {
     "REINFORCE, value": ("reinforce", dict(baseline="value")),
     **{f"A2C, λ {x}": ("a2c_gae", dict(gae_lambda=float(x))) for x in LAMBDAS},
 }
-STAGES = {"early": 30_000, "middle": 60_000, "late": 100_000}  # steps of training behind the policy
+STAGES = {"early": 20_000, "middle": 50_000, "late": 100_000}  # steps of training behind the policy
+SAMPLES, BUDGET = 32, 2048  # estimates, and environment steps behind each
 
 
 def variance() -> None:
     """CartPole: A2C trains a policy and a critic; at three moments all estimators judge the same pair.
 
-    64 estimates of 4,096 steps each. Rollouts are as long as episodes, so that lambda alone decides how
+    32 estimates of 2,048 steps each. Rollouts are as long as episodes, so that lambda alone decides how
     far the critic is trusted, and lambda 1 must agree with REINFORCE's value baseline. The last column
-    compares the mean of the 64 with that of an estimator without bias, REINFORCE's value baseline.
+    compares the mean of the 32 with that of an estimator without bias, REINFORCE's value baseline.
     """
     a2c = load_script("a2c_gae")
     torch.set_num_threads(1)
@@ -101,7 +102,7 @@ def variance() -> None:
                 agent = module.Agent(4, module.make_env("CartPole-v1").action_space, args.hidden)
                 agent.load_state_dict(saved["agent"])
                 common = dict(
-                    gamma=args.gamma, reward_scale=args.reward_scale, variance_samples=64, variance_steps=4096
+                    gamma=args.gamma, reward_scale=args.reward_scale, variance_samples=SAMPLES, variance_steps=BUDGET
                 )
                 settings = module.Args(**common, **changes)
                 rng, device = np.random.default_rng(seed), torch.device("cpu")
@@ -226,7 +227,7 @@ def draw() -> None:
                     axis.set_title(title, fontsize=10.5)
         axes[0, 0].invert_yaxis()
         figure.suptitle(
-            "CartPole-v1: nine estimators of one policy's gradient, 4,096 steps each · ten seeds and median"
+            "CartPole-v1: nine estimators of one policy's gradient, 2,048 steps each · ten seeds and median"
         )
         figure.savefig(FIGURES / "policy_gradient_variance.png", dpi=110)
         plt.close(figure)

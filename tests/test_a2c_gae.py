@@ -123,6 +123,18 @@ def test_measuring_a_worse_critic_finds_more_noise():
     assert measured(100.0) > 5 * measured(12.0)
 
 
+def test_lambda_one_over_whole_episodes_is_reinforce_with_the_value_baseline():
+    """Both scripts measure the same noise on the same episodes, each by its own path."""
+    reinforce, found = load_script("algos/reinforce.py"), []
+    for script, changes in ((a2c, dict(gae_lambda=1.0, num_steps=10**9)), (reinforce, dict(baseline="value"))):
+        torch.manual_seed(0)
+        agent = script.Agent(4, gym.spaces.Discrete(2), 8)
+        args = script.Args(variance_steps=256, variance_samples=4, **changes)
+        transforms = (lambda x: x, 1.0) if script is a2c else ()
+        found.append(script.measure(args, agent, 22.0, *transforms, np.random.default_rng(0), CPU))
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-3)
+
+
 def test_measured_episodes_are_cut_where_rollouts_end():
     """With rollouts of 2 steps and lambda 1 the critic is asked every second step, as in training."""
     agent = a2c.Agent(4, gym.spaces.Discrete(2), 8)
