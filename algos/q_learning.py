@@ -40,7 +40,14 @@ Run      python algos/q_learning.py
          python algos/q_learning.py --algorithm td0 --policy random
          python algos/q_learning.py --eval runs/<folder> --eval-episodes 10000
 
-Expect   not measured yet
+Expect   (seeds 101-110; exact return of the learned greedy policy, median and worst seed)
+         FrozenLake-v1                         400k steps     .7402    .7402    the best possible .7442
+         FrozenLake-v1 --no-is-slippery         30k steps    1        1         the best possible 1
+         CliffWalking-v1                       100k steps   -13      -13        the best possible -13
+         CliffWalking-v1 --algorithm sarsa     100k steps   -15      -17        keeps off the edge
+         Taxi-v4                               300k steps     7.93     7.93     the best possible 7.93
+         While they explore, the last 100 episodes on CliffWalking return -53 with q-learning and -22
+         with sarsa (medians): Example 6.6 of Sutton & Barto. Speed: not measured on a quiet machine.
 
 Results  summary.json: success_rate with its 95 % interval, from the evaluation episodes. Where the rules
          are known also, exactly: exact_return of the learned policy within the time limit (on
