@@ -26,7 +26,21 @@ Run      python algos/ppo.py
          python algos/ppo.py --env CartPole-v1 --objective none         (the paper's ablation)
          python algos/ppo.py --eval runs/<folder> --capture-video
 
-Expect   @@SCORES@@
+Expect   Greedy return over 100 episodes at the end of training, seeds 101-110, which nothing was tuned on:
+         python benchmarks/run.py scores --only algos/ppo.py, one core of an AMD EPYC, torch 2.13.
+
+                                     steps    mean    worst   threshold reached, seconds to it
+         CartPole-v1                  250k   500.0    500.0   475 by 10 of 10, median 1.0, slowest 1.1
+         LunarLander-v3               600k   267.9    257.5   200 by 10 of 10, median 18.9, slowest 38.6
+         LunarLanderContinuous-v3     600k   255.5    236.1   200 by 9 of 10 in training, all greedily
+         Acrobot-v1                   150k   -84.5    -89.6   -100 by 10 of 10
+         Pendulum-v1                  300k  -162.6   -214.1   (has none)
+         MountainCar-v0               500k   not measured on fresh seeds yet
+
+         The default run takes 7 s from Enter to the prompt, imports and evaluation included, and 370 MB.
+         With CleanRL's settings (4 environments, 128 steps, 4 epochs, 4 minibatches) it makes 12,900 steps
+         a second where a re-enactment of its loop makes 5,400 (medians of 5 runs each, in turns).
+         GPU: not measured yet.
 
 Deviations from the paper
  1. Endings. An episode that ends by its rules (terminated) is worth nothing afterwards; one cut by a
