@@ -48,8 +48,8 @@ Expect   (exact return of the learned greedy policy; median and worst of seeds 1
          CliffWalking-v1 --algorithm sarsa     100k steps   -15      -17        keeps off the edge
          Taxi-v4                               300k steps     7.93     7.93     the best possible 7.93
          While they explore, the last 100 episodes on CliffWalking return -53 with q-learning and -22
-         with sarsa (medians): Example 6.6 of Sutton & Barto. FrozenLake8x8 took 23 to 33 s on a shared
-         machine, most of it in gymnasium's own step; seconds were not measured on a quiet one.
+         with sarsa (medians): Example 6.6 of Sutton & Barto. FrozenLake8x8 took a median of 24 s on a
+         shared machine, most of it in gymnasium's own step; not measured on a quiet one.
 
 Results  summary.json: success_rate with its 95 % interval, from the evaluation episodes. Where the rules
          are known also, exactly: exact_return of the learned policy within the time limit (on
