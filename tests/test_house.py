@@ -369,8 +369,10 @@ def test_resume_goes_on_from_the_saved_step(script, trained, tmp_path):
 def start_endless(script: str, run_dir: Path) -> tuple[subprocess.Popen, Path]:
     """A run that would not end, once it has reported twice and saved, and its folder."""
     flags = [*tiny(script), *ENDLESS.get(script, DEFAULT_ENDLESS).split()]
+    # A shell starts background jobs deaf to Ctrl-C, and their children inherit it: hear it again.
     process = subprocess.Popen(command(script, *flags, "--run-dir", run_dir), env=environment(),
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)  # fmt: skip
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # fmt: skip
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
         for metrics in run_dir.glob("*/metrics.csv"):
@@ -398,7 +400,10 @@ def go_on(script: str, folder: Path) -> None:
 def test_ctrl_c_saves_and_the_run_can_go_on(script, tmp_path):
     process, folder = start_endless(script, tmp_path)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    try:
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130, errors[-2000:]
     assert errors.startswith("error: interrupted at step ") and errors.count("\n") == 1
     assert f"--resume {folder}" in errors
