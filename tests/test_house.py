@@ -32,7 +32,7 @@ ENDLESS = {
 }
 
 # Flags that make the loss overflow; None where the updates are averages and cannot.
-DEFAULT_EXPLODE = "--learning-rate 1e38"
+DEFAULT_EXPLODE = "--learning-rate 1e37"  # Adam divides it by 0.1 in its first step: still a float32
 EXPLODE = {"algos/dynamic_programming.py": None, "algos/q_learning.py": None}
 
 # Functions that are the same text wherever they occur. The run record is checked as a whole.
@@ -246,7 +246,9 @@ def test_run_folder_is_complete(script, trained):
     assert {"script", "seed", "steps", "train_seconds", "sps"} <= set(summary)
     assert summary["seed"] == 1 and summary["steps"] == steps[-1]
     assert 0 < summary["train_seconds"] < 300
-    assert summary["sps"] == pytest.approx(summary["steps"] / summary["train_seconds"], rel=0.1, abs=1)
+    shortest, longest = summary["train_seconds"] - 0.0005, summary["train_seconds"] + 0.0005  # it is rounded
+    assert summary["steps"] / longest - 1 <= summary["sps"]
+    assert shortest <= 0 or summary["sps"] <= summary["steps"] / shortest + 1
     if script.startswith("algos/"):
         assert summary["env"] == module.Args().env
         assert summary["eval_episodes"] == int(tiny(script)[tiny(script).index("--eval-episodes") + 1])
