@@ -139,10 +139,6 @@ class Args:
     """bootstrap where a time limit cut an episode; --no-bootstrap-truncated treats the limit as a death"""
     reward_scale: float = 1.0
     """factor on rewards inside the learner; aim at returns of the order of 10"""
-    norm_obs: bool = False
-    """normalise observations by their running mean and deviation (saved with the model)"""
-    norm_reward: bool = False
-    """divide rewards by the running deviation of the discounted return, inside the learner"""
     shared_network: bool = False
     """actor and critic share their hidden layers, as in the paper; otherwise they are two networks"""
     hidden: int = 64
@@ -222,28 +218,6 @@ def make_envs(env_id: str, num_envs: int) -> gym.vector.VectorEnv:
         envs = SyncVectorEnv([lambda: make_env(env_id)] * num_envs, autoreset_mode=AutoresetMode.NEXT_STEP)
     assert envs.metadata["autoreset_mode"] == AutoresetMode.NEXT_STEP
     return envs
-
-
-class RunningMeanStd:
-    """Mean and variance of all rows seen so far (Chan et al. 1979, parallel update)."""
-
-    def __init__(self, shape: tuple[int, ...]):
-        self.mean, self.var, self.count = np.zeros(shape), np.ones(shape), 1e-4
-
-    def update(self, rows: np.ndarray) -> None:  # rows [B, *shape]
-        delta, share = rows.mean(0) - self.mean, len(rows) / (self.count + len(rows))
-        self.var = (1 - share) * self.var + share * rows.var(0) + delta**2 * share * (1 - share)
-        self.mean = self.mean + delta * share
-        self.count += len(rows)
-
-    def normalize(self, rows: np.ndarray) -> np.ndarray:
-        return ((rows - self.mean) / np.sqrt(self.var + 1e-8)).clip(-10, 10).astype(np.float32)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"mean": torch.as_tensor(self.mean), "var": torch.as_tensor(self.var), "count": self.count}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.mean, self.var, self.count = state["mean"].numpy(), state["var"].numpy(), state["count"]
 
 
 # 3. Model ---------------------------------------------------------------------------------------
@@ -413,14 +387,9 @@ class Rollout(NamedTuple):
 
 
 def play(
-    agent: Agent,
-    envs: gym.vector.VectorEnv,
-    next_obs: np.ndarray,
-    next_done: np.ndarray,
-    num_steps: int,
-    see: Callable[[np.ndarray], np.ndarray],
-    rng: np.random.Generator,
-) -> Rollout:
+    agent: Agent, envs: gym.vector.VectorEnv, next_obs: np.ndarray, next_done: np.ndarray,
+    num_steps: int, rng: np.random.Generator,
+) -> Rollout:  # fmt: skip
     """Plays num_steps on from next_obs [N, D], where next_done [N] tells which episodes are over."""
     T, N, num_outputs = num_steps, len(next_obs), agent.actor[-1].out_features
     obs = np.zeros((T + 1, *next_obs.shape), np.float32)
@@ -435,19 +404,13 @@ def play(
     for t in range(T):
         valid[t] = ~next_done
         actions[t] = act(obs[t], noise[t])
-        raw_obs, rewards[t], terminated[t], truncated[t], _ = envs.step(agent.to_env(actions[t]))
-        obs[t + 1] = see(raw_obs)
+        obs[t + 1], rewards[t], terminated[t], truncated[t], _ = envs.step(agent.to_env(actions[t]))
         next_done = terminated[t] | truncated[t]
     return Rollout(obs, actions, rewards, terminated, truncated, valid)
 
 
 def judge(
-    args: Args,
-    agent: Agent,
-    rollout: Rollout,
-    reward_factor: float,
-    device: torch.device,
-    cut: np.ndarray | bool = False,
+    args: Args, agent: Agent, rollout: Rollout, device: torch.device, cut: np.ndarray | bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
     """The critic's values [T + 1, N] and the advantages [T, N]; cut marks rows where a rollout ends.
 
@@ -457,7 +420,7 @@ def judge(
     with torch.no_grad():
         values = agent.value(obs.flatten(0, 1)).view(obs.shape[:2]).cpu().numpy()
     deaths = rollout.terminated if args.bootstrap_truncated else rollout.terminated | rollout.truncated
-    rewards, truncated = rollout.rewards * np.float32(reward_factor), rollout.truncated | cut
+    rewards, truncated = rollout.rewards * np.float32(args.reward_scale), rollout.truncated | cut
     return values, gae(rewards, values, deaths, truncated, args.gamma, args.gae_lambda)
 
 
@@ -467,13 +430,7 @@ def normalized(args: Args, advantages: Tensor) -> Tensor:
 
 
 def measure(
-    args: Args,
-    agent: Agent,
-    mean_length: float,
-    see: Callable[[np.ndarray], np.ndarray],
-    reward_factor: float,
-    rng: np.random.Generator,
-    device: torch.device,
+    args: Args, agent: Agent, mean_length: float, rng: np.random.Generator, device: torch.device
 ) -> tuple[float, float, float]:
     """gradient_noise of the current policy, from K groups of whole episodes that training never sees.
 
@@ -483,12 +440,12 @@ def measure(
     K, limit = args.variance_samples, gym.spec(args.env).max_episode_steps
     envs = make_envs(args.env, K * max(2, round(args.variance_steps / mean_length)))
     N, (next_obs, _) = envs.num_envs, envs.reset(seed=int(rng.integers(2**31)))
-    rollout = play(agent, envs, see(next_obs), np.zeros(N, bool), limit, see, rng)
+    rollout = play(agent, envs, next_obs, np.zeros(N, bool), limit, rng)
     envs.close()
     done = rollout.terminated | rollout.truncated
     first = done.cumsum(0) - done == 0  # the rows of each environment's first episode
     cut = (np.arange(limit)[:, None] + rng.integers(args.num_steps, size=N)) % args.num_steps == 0
-    _, advantages = judge(args, agent, rollout, reward_factor, device, cut)
+    _, advantages = judge(args, agent, rollout, device, cut)
 
     def losses() -> Iterable[Tensor]:
         for group in np.split(np.arange(N), K):
@@ -516,28 +473,16 @@ def train(args: Args) -> Path:
         optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=device.type != "mps")
     else:
         optimizer = torch.optim.RMSprop(agent.parameters(), lr=args.learning_rate, alpha=0.99, eps=1e-5)
-    obs_stats, return_stats = RunningMeanStd((obs_dim,)), RunningMeanStd(())
-
-    def see(raw_obs: np.ndarray, learn: bool = True) -> np.ndarray:
-        """What the networks get to see of observations [N, D]."""
-        if not args.norm_obs:
-            return raw_obs
-        if learn:
-            obs_stats.update(raw_obs)
-        return obs_stats.normalize(raw_obs)
 
     def state() -> dict[str, Any]:
-        return {"agent": agent.state_dict(), "optimizer": optimizer.state_dict(),
-                "obs_stats": obs_stats.state_dict(), "return_stats": return_stats.state_dict(),
-                "rng": rng.bit_generator.state}  # fmt: skip
+        return {"agent": agent.state_dict(), "optimizer": optimizer.state_dict(), "rng": rng.bit_generator.state}
 
     if saved:
-        restore(saved, agent=agent, optimizer=optimizer, obs_stats=obs_stats, return_stats=return_stats)
+        restore(saved, agent=agent, optimizer=optimizer)
         rng.bit_generator.state = saved["rng"]
 
     T, N = args.num_steps, args.num_envs
     episode_return, episode_length = np.zeros(N), np.zeros(N, int)
-    discounted_return = np.zeros(N)
 
     threshold = gym.spec(args.env).reward_threshold
     curves = CURVES if args.variance_every else CURVES[:3]
@@ -545,7 +490,7 @@ def train(args: Args) -> Path:
         fail(f"--variance-every plays whole episodes, but {args.env} has no time limit")
     with RunRecord(args, args.env, args.total_timesteps, device, state, curves, saved, threshold) as run:
         step = run.step
-        next_obs = see(envs.reset(seed=args.seed * 10_000 + step)[0])
+        next_obs, _ = envs.reset(seed=args.seed * 10_000 + step)
         next_done = np.zeros(N, bool)
         for update in itertools.count(1):
             if step >= args.total_timesteps:
@@ -554,7 +499,7 @@ def train(args: Args) -> Path:
             optimizer.param_groups[0]["lr"] = lr
 
             # Play.
-            rollout = play(agent, envs, next_obs, next_done, T, see, rng)
+            rollout = play(agent, envs, next_obs, next_done, T, rng)
             obs, actions, rewards, terminated, truncated, valid = rollout
             next_obs, next_done = obs[T], terminated[-1] | truncated[-1]
             for t in range(T):
@@ -566,18 +511,12 @@ def train(args: Args) -> Path:
                     episode_return[n] = episode_length[n] = 0
 
             # Judge.
-            reward_factor = args.reward_scale
-            if args.norm_reward:
-                for t in range(T):  # past rewards, discounted: its deviation is the scale of returns
-                    discounted_return = rewards[t] * args.reward_scale + args.gamma * discounted_return * valid[t]
-                    return_stats.update(discounted_return)
-                reward_factor /= math.sqrt(return_stats.var + 1e-8)
-            values, advantages = judge(args, agent, rollout, reward_factor, device)
+            values, advantages = judge(args, agent, rollout, device)
             returns = advantages + values[:-1]
             noise: tuple[float | None, ...] = (None, None, None)
             if args.variance_every and update % args.variance_every == 0:
                 mean_length = float(np.mean(run.lengths)) if run.lengths else args.variance_steps
-                noise = measure(args, agent, mean_length, lambda x: see(x, False), reward_factor, probe_rng, device)
+                noise = measure(args, agent, mean_length, probe_rng, device)
 
             # Learn: one step on the transitions, as one batch [B], which are then forgotten.
             batch = (obs[:-1], actions, advantages, returns)
@@ -604,7 +543,7 @@ def train(args: Args) -> Path:
             })  # fmt: skip
 
         envs.close()
-        run.finish(lambda: evaluate(args, agent, obs_stats, run.video_folder))
+        run.finish(lambda: evaluate(args, agent, run.video_folder))
     return run.folder
 
 
@@ -613,8 +552,8 @@ def train(args: Args) -> Path:
 EVAL_SEED = 1_000_000_000  # far from every seed that training uses
 
 
-def evaluate(args: Args, agent: Agent, obs_stats: RunningMeanStd, video_folder: Path | None = None) -> np.ndarray:
-    """Undiscounted returns of greedy episodes on seeds of their own, [episodes]; statistics frozen."""
+def evaluate(args: Args, agent: Agent, video_folder: Path | None = None) -> np.ndarray:
+    """Undiscounted returns of greedy episodes on seeds of their own, [episodes]."""
     env = make_env(args.env, render_mode="rgb_array") if video_folder else make_env(args.env)
     if video_folder:
         env = gym.wrappers.RecordVideo(env, str(video_folder), episode_trigger=lambda n: n < 3, disable_logger=True)
@@ -624,8 +563,7 @@ def evaluate(args: Args, agent: Agent, obs_stats: RunningMeanStd, video_folder: 
         obs, _ = env.reset(seed=EVAL_SEED + args.seed if episode == 0 else None)
         done = False
         while not done:
-            x = obs_stats.normalize(obs[None]) if args.norm_obs else obs[None]  # [1, D]
-            obs, reward, terminated, truncated, _ = env.step(agent.to_env(act(x))[0])
+            obs, reward, terminated, truncated, _ = env.step(agent.to_env(act(obs[None]))[0])
             returns[episode] += reward
             done = terminated or truncated
     env.close()
@@ -638,10 +576,9 @@ def evaluate_saved(args: Args) -> None:
     saved = load_checkpoint(args.eval)
     env = make_env(args.env)
     agent = Agent(env.observation_space.shape[0], env.action_space, args.hidden, args.shared_network)
-    obs_stats = RunningMeanStd((env.observation_space.shape[0],))
-    restore(saved, agent=agent, obs_stats=obs_stats)
+    restore(saved, agent=agent)
     folder = checkpoint_path(args.eval).parent
-    returns = evaluate(args, agent, obs_stats, folder / "videos" if args.capture_video else None)
+    returns = evaluate(args, agent, folder / "videos" if args.capture_video else None)
     print(f"{args.env}: {len(returns)} greedy episodes, return {returns.mean():.1f} ± {returns.std():.1f} · {folder}")
 
 

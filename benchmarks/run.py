@@ -50,7 +50,7 @@ def command_of(variant: Variant, seed: int) -> str:
 
 
 def files_of(study: Study, variant: Variant, seed: int) -> tuple[Path, Path]:
-    stem = HOME / "results" / study.name / f"{variant.name}__seed{seed}"
+    stem = HOME / "results" / (variant.home or study.name) / f"{variant.name}__seed{seed}"
     return stem.with_name(stem.name + ".csv.gz"), stem.with_name(stem.name + ".json")
 
 
@@ -104,7 +104,7 @@ def collect(study: Study) -> dict[Variant, list[Record]]:
     found: dict[Variant, list[Record]] = {}
     for variant in study.variants:
         seeds = []
-        for file in (HOME / "results" / study.name).glob("*.json"):
+        for file in files_of(study, variant, 0)[0].parent.glob("*.json"):
             if match := re.fullmatch(re.escape(variant.name) + r"__seed(\d+)\.json", file.name):
                 seeds.append(int(match[1]))
         records = [read_back(study, variant, seed)[0] for seed in sorted(seeds)]

@@ -30,6 +30,8 @@ class Variant:
     """its place on the axis of a scaling panel, or in a heat map (row, column)"""
     published: str = ""
     """what others report, with the protocol"""
+    home: str = ""
+    """the study that keeps its results, if that is another one with the same command"""
 
     @property
     def name(self) -> str:
@@ -221,33 +223,27 @@ DQN_STUDY = Study(
 )  # fmt: skip
 
 # Policy gradient -------------------------------------------------------------------------------
-# About 8 s a run without the noise measurement, up to 20 with it: 20 minutes of one core at ten seeds.
+# About 7 s a run, 10 variants: 12 minutes of one core at ten seeds. LunarLander's runs are those of scores.
+# The noise of the gradient at one and the same policy is measured by gradient_variance.py.
 
-NOISE = "--variance-every 10"
+CURVE_PANELS = [RETURN, Panel("losses/entropy", "entropy of the policy, nats")]
 POLICY_GRADIENT = Study(
-    "policy_gradient", "REINFORCE against actor-critic",
-    "How noisy is the gradient with each baseline, and what does that cost in learning?",
-    [Group("CartPole-v1", [
-        Variant("no baseline, whole return", REINFORCE, CART, f"--baseline none --no-reward-to-go {NOISE}"),
-        Variant("no baseline, reward to go", REINFORCE, CART, f"--baseline none {NOISE}"),
-        Variant("baseline: mean return", REINFORCE, CART, f"--baseline mean {NOISE}"),
-        Variant("baseline: mean at the same time", REINFORCE, CART, f"--baseline time {NOISE}"),
-        Variant("baseline: V(s)", REINFORCE, CART, f"--baseline value {NOISE}"),
-        Variant("actor-critic, GAE", A2C, CART, f"--total-timesteps 300000 {NOISE}"),
-    ])],
-    [RETURN, Panel("losses/grad_snr", "signal-to-noise ratio of the gradient"), Panel("losses/entropy", "entropy")],
-    columns=[("gradient signal-to-noise at the end", "losses/grad_snr")],
-)  # fmt: skip
-
-# GAE -------------------------------------------------------------------------------------------
-# 7 values at about 12 s: 14 minutes of one core at ten seeds.
-
-GAE = Study(
-    "gae", "GAE: λ from 0 to 1",
-    "Between trusting the critic (λ = 0) and trusting the sampled return (λ = 1), what learns fastest?",
-    [Group("CartPole-v1, A2C", sweep(A2C, CART, "gae-lambda", (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 1.0), "λ"),
-           ordered=True)],
-    [RETURN, Panel("losses/explained_variance", "explained variance of the critic")],
+    "policy_gradient", "REINFORCE and actor-critic: learning",
+    "What do a baseline, a critic and its λ do to learning, and to the policy's entropy?",
+    [
+        Group("REINFORCE, CartPole", [
+            Variant("whole return, no baseline", REINFORCE, CART, "--baseline none --no-reward-to-go"),
+            Variant("no baseline", REINFORCE, CART, "--baseline none"),
+            Variant("mean return", REINFORCE, CART, "--baseline mean"),
+            Variant("mean at the same time", REINFORCE, CART, "--baseline time"),
+            Variant("V(s), 10 critic epochs", REINFORCE, CART, "--baseline value --critic-epochs 10"),
+        ]),
+        Group("A2C, CartPole", sweep(A2C, CART, "gae-lambda", (0, 0.5, 0.9, 0.95, 1), "λ ="), ordered=True),
+        Group("Presets, LunarLander", [Variant(LABELS[Path(script).stem], script, "LunarLander-v3", home="scores",
+                                               published=PUBLISHED.get((Path(script).stem, "LunarLander-v3"), ""))
+                                       for script in (REINFORCE, A2C)], in_table=False),
+    ],
+    CURVE_PANELS, columns=[("entropy at the end", "losses/entropy")],
 )  # fmt: skip
 
 # PPO -------------------------------------------------------------------------------------------
@@ -306,6 +302,31 @@ PPO_LANDER = Study(
     [RETURN, KL],
 )  # fmt: skip
 
+# DQN from pixels -------------------------------------------------------------------------------
+# Pong: one run of some 40 minutes. The small games of tests/catch_env.py, 2 minutes a run, need
+#   PYTHONPATH=tests python benchmarks/run.py catch --seeds 3
+
+ATARI = "algos/dqn_atari.py"
+PONG = Study(
+    "pong", "Pong from pixels",
+    "What does one run of the preset reach that a single CPU core has time for?",
+    [Group("Pong", [Variant("DQN from pixels", ATARI, "ALE/Pong-v5", "--bf16 --eval-episodes 10",
+                            published="CleanRL 20.3 (10M steps, 3 seeds, training)")])],
+    [Panel("charts/episodic_return", "mean return of the last games, 100 at most"),
+     Panel("losses/q_values", "mean predicted value")],
+    limit=3000,
+)  # fmt: skip
+
+CATCH = Study(
+    "catch", "Catch from pixels",
+    "Is a small game learnt from pixels, and a movement only where several frames are seen?",
+    [Group("Catch", [Variant("Catch", ATARI, "catch_env:Catch-v0", "--eval-episodes 200"),
+                     Variant("drifting ball", ATARI, "catch_env:CatchDrift-v0", "--eval-episodes 200"),
+                     Variant("drifting ball, one frame", ATARI, "catch_env:CatchDrift-v0",
+                             "--eval-episodes 200 --frame-stack 1")])],
+    [RETURN, Panel("charts/episodic_return", "the same against seconds", x="seconds")],
+)  # fmt: skip
+
 # Against others --------------------------------------------------------------------------------
 # Run with --workers 1, so that nothing else runs beside a measured run, for example:
 #   python benchmarks/run.py against_others --only cartpole --workers 1 --peers-python sb3/bin/python
@@ -356,5 +377,5 @@ SCALING = Study(
     columns=[("peak memory, MB", "peak_memory_mb")],
 )  # fmt: skip
 
-STUDIES = {study.name: study for study in (SCORES, Q_LEARNING, DQN_STUDY, POLICY_GRADIENT, GAE, PPO_STUDY, PPO_LANDER,
-                                           AGAINST_OTHERS, SCALING)}  # fmt: skip
+STUDIES = {study.name: study for study in (SCORES, Q_LEARNING, DQN_STUDY, POLICY_GRADIENT, PPO_STUDY, PPO_LANDER,
+                                           PONG, CATCH, AGAINST_OTHERS, SCALING)}  # fmt: skip

@@ -1,12 +1,12 @@
 """A2C: GAE against its definition, an unbiased estimate and its noise, endings, learning."""
 
-import csv
-import json
+from functools import partial
 
 import gymnasium as gym
 import numpy as np
 import probes  # noqa: F401  (registers the probe environments)
 import pytest
+import small_runs
 import torch
 import two_state
 from conftest import load_script
@@ -15,20 +15,8 @@ a2c = load_script("algos/a2c_gae.py")
 CPU = torch.device("cpu")
 
 
-def settings(tmp_path, env, **changes):
-    """The settings of a small fast run."""
-    small = dict(num_envs=8, num_steps=8, hidden=16, learning_rate=1e-2, eval_episodes=2, seed=3)
-    return a2c.Args(env=env, run_dir=str(tmp_path), **(small | changes))
-
-
-def trained(tmp_path, env, **changes):
-    """Trains, and returns the saved agent and the summary."""
-    args = settings(tmp_path, env, **changes)
-    folder = a2c.train(args)
-    env = a2c.make_env(args.env)
-    agent = a2c.Agent(env.observation_space.shape[0], env.action_space, args.hidden, args.shared_network)
-    agent.load_state_dict(a2c.load_checkpoint(str(folder))["agent"])
-    return agent, json.loads((folder / "summary.json").read_text())
+settings = partial(small_runs.settings, a2c, num_steps=8)
+trained = partial(small_runs.trained, a2c, num_steps=8)
 
 
 def values_at(agent, *observations):
@@ -76,7 +64,7 @@ def test_policy_loss_by_hand():
 def estimates(agent, args, groups, size=4):
     """Gradient estimates [groups, P], each from as many whole episodes of the two-state MDP as size says."""
     played = two_state.play(a2c, agent, groups * size)
-    _, advantages = a2c.judge(args, agent, played, 1.0, CPU)
+    _, advantages = a2c.judge(args, agent, played, CPU)
     gradients = []
     for group in np.split(np.arange(groups * size), groups):
         valid = played.valid[:, group]
@@ -118,7 +106,7 @@ def test_measuring_a_worse_critic_finds_more_noise():
 
     def measured(value):
         agent.value = lambda obs: torch.full_like(obs[:, 0], value)
-        return a2c.measure(args, agent, 22.0, lambda x: x, 1.0, np.random.default_rng(0), CPU)[0]
+        return a2c.measure(args, agent, 22.0, np.random.default_rng(0), CPU)[0]
 
     assert measured(100.0) > 5 * measured(12.0)
 
@@ -130,8 +118,7 @@ def test_lambda_one_over_whole_episodes_is_reinforce_with_the_value_baseline():
         torch.manual_seed(0)
         agent = script.Agent(4, gym.spaces.Discrete(2), 8)
         args = script.Args(variance_steps=256, variance_samples=4, **changes)
-        transforms = (lambda x: x, 1.0) if script is a2c else ()
-        found.append(script.measure(args, agent, 22.0, *transforms, np.random.default_rng(0), CPU))
+        found.append(script.measure(args, agent, 22.0, np.random.default_rng(0), CPU))
     np.testing.assert_allclose(found[0], found[1], rtol=1e-3)
 
 
@@ -144,7 +131,7 @@ def test_measured_episodes_are_cut_where_rollouts_end():
         a2c.gae = lambda r, v, terminated, truncated, *rest: (
             seen.append((terminated, truncated)) or gae(r, v, terminated, truncated, *rest)
         )
-        a2c.measure(args, agent, 22.0, lambda x: x, 1.0, np.random.default_rng(0), CPU)
+        a2c.measure(args, agent, 22.0, np.random.default_rng(0), CPU)
     finally:
         a2c.gae = gae
     terminated, truncated = seen[0]
@@ -167,7 +154,7 @@ def test_rows_that_only_reset_are_not_learnt_from(tmp_path):
     envs = a2c.make_envs("ProbeMarked-v0", 3)
     agent = a2c.Agent(1, envs.single_action_space, 8)
     next_obs, _ = envs.reset(seed=0)
-    played = a2c.play(agent, envs, next_obs, np.zeros(3, bool), 8, lambda x: x, np.random.default_rng(0))
+    played = a2c.play(agent, envs, next_obs, np.zeros(3, bool), 8, np.random.default_rng(0))
     assert played.obs[:, 0, 0].tolist() == [0, 1, 2, 99, 0, 1, 2, 99, 0]
     assert played.valid[:, 0].tolist() == [True, True, True, False] * 2
     agent, _ = trained(tmp_path, "ProbeMarked-v0", gamma=0.5, critic_epochs=4, total_timesteps=20_000)
@@ -195,9 +182,7 @@ def test_the_policy_finds_the_best_action(tmp_path, env, optimizer):
 
 
 def test_cartpole_is_solved(tmp_path):
-    argv = ["--run-dir", str(tmp_path), "--seed", "5", "--eval-episodes", "20"]
-    folder = a2c.train(a2c.parse_args(a2c.Args, a2c.PRESETS, argv))
-    summary = json.loads((folder / "summary.json").read_text())
+    summary = small_runs.preset_summary(a2c, tmp_path, "--seed", "5")
     assert summary["solved_step"] is not None and summary["eval_return_mean"] >= 475
 
 
@@ -223,20 +208,9 @@ def test_only_the_critic_goes_on_learning_in_further_epochs(tmp_path, monkeypatc
     assert steps == [(True, True), (False, True), (False, True)] * (len(steps) // 3) and len(steps) >= 6
 
 
-def metrics(folder):
-    with open(folder / "metrics.csv", newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def test_measuring_the_noise_leaves_the_training_as_it_was(tmp_path):
-    args = settings(tmp_path, "CartPole-v1", total_timesteps=600, variance_steps=64, variance_samples=4, norm_obs=True)
-    plain, args.variance_every = metrics(a2c.train(args)), 3
-    measured = metrics(a2c.train(args))
-    assert [bool(row["losses/grad_variance"]) for row in measured] == [(n + 1) % 3 == 0 for n in range(len(measured))]
-    for row, other in zip(plain, measured, strict=True):
-        assert row["losses/grad_variance"] == row["losses/grad_snr"] == row["losses/grad_cosine"] == ""
-        for key in ("step", "charts/episodic_return", "losses/policy_loss", "losses/value_loss"):
-            assert row[key] == other[key]
+    args = settings(tmp_path, "CartPole-v1", total_timesteps=600, variance_steps=64, variance_samples=4)
+    small_runs.check_measuring_leaves_the_training_as_it_was(a2c, args, every=3)
 
 
 # Bad input ------------------------------------------------------------------------------------
@@ -254,8 +228,5 @@ def test_measuring_the_noise_leaves_the_training_as_it_was(tmp_path):
     ],
 )
 def test_bad_settings_end_with_one_line(tmp_path, capsys, changes, message):
-    with pytest.raises(SystemExit) as stop:
-        a2c.train(settings(tmp_path, **(dict(env="CartPole-v1") | changes)))
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and message in error and error.count("\n") == 1
-    assert not list(tmp_path.iterdir())
+    args = settings(tmp_path, **(dict(env="CartPole-v1") | changes))
+    small_runs.check_one_line_of_error(a2c, args, message, capsys, tmp_path)

@@ -155,6 +155,6 @@ def test_every_study_is_declared_completely():
         assert name == study.name and re.fullmatch(r"[a-z0-9_]+", name)
         for variant in study.variants:
             assert (ROOT / variant.script).is_file(), f"{name}: {variant.script} is missing"
-            assert all(files.parent.name == name for files in run.files_of(study, variant, 101))
+            assert all(files.parent.name == (variant.home or name) for files in run.files_of(study, variant, 101))
     envs = {variant.env for variant in studies.SCORES.variants if variant.script == "algos/ppo.py"}
     assert {"CartPole-v1", "LunarLander-v3"} <= envs

@@ -1,12 +1,12 @@
 """REINFORCE: returns and baselines by hand, an unbiased estimate, its noise, endings, learning."""
 
-import csv
-import json
+from functools import partial
 
 import gymnasium as gym
 import numpy as np
 import probes  # noqa: F401  (registers the probe environments)
 import pytest
+import small_runs
 import torch
 import two_state
 from conftest import load_script
@@ -15,20 +15,8 @@ reinforce = load_script("algos/reinforce.py")
 CPU = torch.device("cpu")
 
 
-def settings(tmp_path, env, **changes):
-    """The settings of a small fast run."""
-    small = dict(num_envs=8, total_timesteps=3_000, hidden=16, learning_rate=1e-2, eval_episodes=2, seed=3)
-    return reinforce.Args(env=env, run_dir=str(tmp_path), **(small | changes))
-
-
-def trained(tmp_path, env, **changes):
-    """Trains, and returns the saved agent and the summary."""
-    args = settings(tmp_path, env, **changes)
-    folder = reinforce.train(args)
-    env = reinforce.make_env(args.env)
-    agent = reinforce.Agent(env.observation_space.shape[0], env.action_space, args.hidden)
-    agent.load_state_dict(reinforce.load_checkpoint(str(folder))["agent"])
-    return agent, json.loads((folder / "summary.json").read_text())
+settings = partial(small_runs.settings, reinforce)
+trained = partial(small_runs.trained, reinforce)
 
 
 def rollout(rewards, truncated=None):
@@ -222,26 +210,13 @@ def test_every_baseline_finds_the_best_action(tmp_path, env, baseline):
 
 
 def test_cartpole_is_solved(tmp_path):
-    argv = ["--run-dir", str(tmp_path), "--seed", "5", "--eval-episodes", "20"]
-    folder = reinforce.train(reinforce.parse_args(reinforce.Args, reinforce.PRESETS, argv))
-    summary = json.loads((folder / "summary.json").read_text())
+    summary = small_runs.preset_summary(reinforce, tmp_path, "--seed", "5")
     assert summary["solved_step"] is not None and summary["eval_return_mean"] >= 475
-
-
-def metrics(folder):
-    with open(folder / "metrics.csv", newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def test_measuring_the_noise_leaves_the_training_as_it_was(tmp_path):
     args = settings(tmp_path, "CartPole-v1", total_timesteps=2_000, variance_steps=256, variance_samples=4)
-    plain, args.variance_every = metrics(reinforce.train(args)), 2
-    measured = metrics(reinforce.train(args))
-    assert [bool(row["losses/grad_variance"]) for row in measured] == [(n + 1) % 2 == 0 for n in range(len(measured))]
-    for row, other in zip(plain, measured, strict=True):
-        assert row["losses/grad_variance"] == row["losses/grad_snr"] == row["losses/grad_cosine"] == ""
-        for key in ("step", "charts/episodic_return", "losses/policy_loss", "losses/entropy"):
-            assert row[key] == other[key]
+    small_runs.check_measuring_leaves_the_training_as_it_was(reinforce, args, every=2)
 
 
 def test_the_measured_variance_belongs_to_one_budget_of_steps():
@@ -274,8 +249,5 @@ def test_the_measured_variance_belongs_to_one_budget_of_steps():
     ],
 )
 def test_bad_settings_end_with_one_line(tmp_path, capsys, changes, message):
-    with pytest.raises(SystemExit) as stop:
-        reinforce.train(settings(tmp_path, "CartPole-v1", **changes))
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and message in error and error.count("\n") == 1
-    assert not list(tmp_path.iterdir())
+    args = settings(tmp_path, "CartPole-v1", **changes)
+    small_runs.check_one_line_of_error(reinforce, args, message, capsys, tmp_path)

@@ -1,0 +1,193 @@
+"""How noisy is the policy gradient? Ten estimators judge one and the same policy.
+
+    python benchmarks/gradient_variance.py            measures what is not there yet, draws, writes the table
+    python benchmarks/gradient_variance.py --draw-only
+
+A2C trains a policy and a critic on CartPole-v1. At three moments each estimator draws 32 independent
+gradient estimates of 2,048 environment steps from that policy, with that critic. run.py compares command
+lines; here the policy must be the same for all, which no command line does.
+
+GAE's rollouts are as long as episodes here, so that lambda alone decides how far the critic is trusted, and
+lambda 1 has to agree with REINFORCE's value baseline. The variance does not see a bias; the cosine between
+the mean of an estimator's 32 and the mean of an unbiased estimator's 32 does. The unbiased one is lambda 1,
+and another draw of its own shows how far two means of 32 agree at best. Results: results/gradient_variance.csv.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import importlib.util
+import io
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from run import HOME, PAGE, ROOT, number, replace_between, write_whole
+
+RESULTS, FIGURE = HOME / "results" / "gradient_variance.csv", HOME / "figures" / "gradient_variance.png"
+SEEDS = range(101, 111)
+STAGES = {"early": 20_000, "middle": 50_000, "late": 100_000}  # steps of training behind the policy
+SAMPLES, BUDGET = 32, 2048  # estimates, and environment steps behind each
+ESTIMATORS: dict[str, tuple[str, dict[str, Any]]] = {
+    "REINFORCE, whole return": ("reinforce", dict(baseline="none", reward_to_go=False)),
+    "REINFORCE, no baseline": ("reinforce", dict(baseline="none")),
+    "REINFORCE, mean": ("reinforce", dict(baseline="mean")),
+    "REINFORCE, time": ("reinforce", dict(baseline="time")),
+    "REINFORCE, value": ("reinforce", dict(baseline="value")),
+    **{f"A2C, λ = {x:g}": ("a2c_gae", dict(gae_lambda=x, num_steps=10**6)) for x in (1.0, 0.95, 0.9, 0.5, 0.0)},
+}
+UNBIASED = "A2C, λ = 1"
+
+
+def load_script(name: str) -> Any:
+    """algos/<name>.py as a module."""
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, ROOT / "algos" / f"{name}.py")
+        sys.modules[name] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return sys.modules[name]
+
+
+def read() -> list[dict[str, str]]:
+    if not RESULTS.exists():
+        return []
+    with RESULTS.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+# 1. Measuring -----------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def keep_mean(module: Any, means: list[torch.Tensor]) -> Iterator[None]:
+    """Notes the mean of the gradients that the script's gradient_noise sees."""
+    original = module.gradient_noise
+
+    def noting(losses: Iterable[torch.Tensor], parameters: list[Any], share: float) -> Any:
+        losses = list(losses)
+        gradients = [torch.autograd.grad(loss, parameters, retain_graph=True) for loss in losses]
+        means.append(torch.stack([torch.cat([part.flatten() for part in parts]) for parts in gradients]).mean(0))
+        return original(losses, parameters, share)
+
+    module.gradient_noise = noting
+    try:
+        yield
+    finally:
+        module.gradient_noise = original
+
+
+def measure(name: str, saved: dict[str, Any], seed: int) -> tuple[tuple[float, float, float], torch.Tensor]:
+    """Variance, signal-to-noise ratio and cosine of one estimator, and the mean of its estimates."""
+    script, changes = ESTIMATORS[name]
+    module, trained = load_script(script), saved["args"]
+    common = {key: trained[key] for key in ("env", "gamma", "reward_scale", "hidden")}
+    args = module.Args(**common, variance_samples=SAMPLES, variance_steps=BUDGET, **changes)
+    agent = module.Agent(4, module.make_env(args.env).action_space, args.hidden)
+    agent.load_state_dict(saved["agent"])
+    mean_length, means = float(np.mean(saved["record"]["lengths"])), []
+    with keep_mean(module, means):
+        noise = module.measure(args, agent, mean_length, np.random.default_rng(seed), torch.device("cpu"))
+    return noise, means[0]
+
+
+def measure_all() -> None:
+    a2c = load_script("a2c_gae")
+    torch.set_num_threads(1)
+    done = {(row["seed"], row["stage"]) for row in read()}
+    for seed in SEEDS:
+        for stage, steps in STAGES.items():
+            if (str(seed), stage) in done:
+                continue
+            with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+                argv = ["--seed", str(seed), "--total-timesteps", str(steps), "--no-anneal-lr", "--run-dir", folder]
+                args = a2c.parse_args(a2c.Args, a2c.PRESETS, [*argv, "--eval-episodes", "1"])
+                saved = a2c.load_checkpoint(str(a2c.train(args)))
+            reached = float(np.mean(saved["record"]["returns"]))
+            rows, common = [], {"seed": seed, "stage": stage, "policy_return": round(reached, 1)}
+            _, reference = measure(UNBIASED, saved, seed + 1000)  # from episodes that no estimator below sees
+            for name in ESTIMATORS:
+                noise, mean = measure(name, saved, seed)
+                agreement = torch.cosine_similarity(mean, reference, dim=0).item()
+                found = dict(zip(COLUMNS, (f"{value:.5g}" for value in (*noise, agreement)), strict=True))
+                rows.append(common | {"estimator": name} | found)
+            with RESULTS.open("a", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+                if file.tell() == 0:
+                    writer.writeheader()
+                writer.writerows(rows)
+            print(f"seed {seed}, {stage}: the policy's return is {reached:.0f}", flush=True)
+
+
+# 2. Figure and table ----------------------------------------------------------------------------
+
+COLUMNS = {
+    "variance": "variance (trace of the covariance)",
+    "snr": "signal-to-noise ratio",
+    "cosine": "cosine between an estimate and the others' mean",
+    "cosine_of_means": "cosine of the mean with an unbiased one",
+}
+
+
+def draw(rows: list[dict[str, str]]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shown = ("variance", "snr", "cosine_of_means")
+    figure, axes = plt.subplots(3, 3, figsize=(12, 9.4), sharey=True, sharex="col", layout="constrained")
+    for line, stage in zip(axes, STAGES, strict=True):
+        here = [row for row in rows if row["stage"] == stage]
+        reached = np.median([float(row["policy_return"]) for row in here])
+        line[0].set_ylabel(f"{stage}: return {reached:.0f}", fontsize=10.5, fontweight="bold", labelpad=9)
+        for axis, key in zip(line, shown, strict=True):
+            for place, name in enumerate(ESTIMATORS):
+                values = np.array([float(row[key]) for row in here if row["estimator"] == name])
+                color = "#d1495b" if name.startswith("R") else "#2a6f97"
+                axis.plot(values, np.full(len(values), place), "o", color=color, alpha=0.3, markersize=4, mew=0)
+                axis.plot(np.median(values), place, "o", color=color, markersize=8, mec="white", zorder=3)
+            axis.set_yticks(range(len(ESTIMATORS)), list(ESTIMATORS))
+            axis.set_xscale("linear" if key == "cosine_of_means" else "log")
+            axis.grid(alpha=0.25)
+            axis.spines[["top", "right"]].set_visible(False)
+            if stage == "early":
+                axis.set_title(COLUMNS[key], fontsize=10.5)
+    axes[0, 0].invert_yaxis()
+    figure.suptitle("CartPole-v1: ten estimators of one policy's gradient, 2,048 steps each · ten seeds and median")
+    FIGURE.parent.mkdir(exist_ok=True)
+    figure.savefig(FIGURE, dpi=110)
+    plt.close(figure)
+
+
+def table(rows: list[dict[str, str]]) -> str:
+    if not rows:
+        return "Not measured yet."
+    header = ["estimator", *(f"variance, {stage}" for stage in STAGES), *(f"signal to noise, {s}" for s in STAGES)]
+    header += [f"cosine with an unbiased mean, {stage}" for stage in STAGES]
+    lines = [header, ["---"] * len(header)]
+    for name in ESTIMATORS:
+        cells = [name]
+        for key in ("variance", "snr", "cosine_of_means"):
+            for stage in STAGES:
+                values = [float(row[key]) for row in rows if row["stage"] == stage and row["estimator"] == name]
+                cells.append(number(float(np.median(values))) if values else "–")
+        lines.append(cells)
+    seeds = sorted({int(row["seed"]) for row in rows})
+    note = f"Medians over seeds {seeds[0]} to {seeds[-1]}; 32 estimates of 2,048 steps each."
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + f"\n\n{note}"
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] not in ([], ["--draw-only"]):
+        raise SystemExit(__doc__)
+    if not sys.argv[1:]:
+        measure_all()
+    found = read()
+    if found:
+        draw(found)
+    page = PAGE.read_text(encoding="utf-8")
+    write_whole(PAGE, replace_between(page, "results:gradient_variance", table(found), "## Gradient variance").encode())

@@ -1,0 +1,57 @@
+"""Small fast runs of a policy-gradient script, and what they leave behind."""
+
+import csv
+import json
+
+import pytest
+
+
+def settings(script, folder, env, **changes):
+    """The script's settings for a run of seconds."""
+    small = dict(num_envs=8, total_timesteps=3_000, hidden=16, learning_rate=1e-2, eval_episodes=2, seed=3)
+    return script.Args(env=env, run_dir=str(folder), **(small | changes))
+
+
+def trained(script, folder, env, **changes):
+    """Trains, and returns the saved agent and the summary."""
+    args = settings(script, folder, env, **changes)
+    run = script.train(args)
+    env = script.make_env(args.env)
+    shared = (args.shared_network,) if hasattr(args, "shared_network") else ()
+    agent = script.Agent(env.observation_space.shape[0], env.action_space, args.hidden, *shared)
+    agent.load_state_dict(script.load_checkpoint(str(run))["agent"])
+    return agent, json.loads((run / "summary.json").read_text())
+
+
+def preset_summary(script, folder, *flags):
+    """Trains with the preset, and returns the summary."""
+    argv = ["--run-dir", str(folder), "--eval-episodes", "20", *flags]
+    run = script.train(script.parse_args(script.Args, script.PRESETS, argv))
+    return json.loads((run / "summary.json").read_text())
+
+
+def metrics(run):
+    """The rows of metrics.csv."""
+    with open(run / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def check_measuring_leaves_the_training_as_it_was(script, args, every):
+    """The run measures its gradient's noise every so many updates, and learns as if it did not."""
+    plain, args.variance_every = metrics(script.train(args)), every
+    measured = metrics(script.train(args))
+    found = [bool(row["losses/grad_variance"]) for row in measured]
+    assert found == [(n + 1) % every == 0 for n in range(len(measured))] and any(found)
+    for row, other in zip(plain, measured, strict=True):
+        assert row["losses/grad_variance"] == row["losses/grad_snr"] == row["losses/grad_cosine"] == ""
+        for key in ("step", "charts/episodic_return", "losses/policy_loss", "losses/entropy"):
+            assert row[key] == other[key]
+
+
+def check_one_line_of_error(script, args, message, capsys, folder):
+    """Bad settings end the run with one line and status 2, and leave no file."""
+    with pytest.raises(SystemExit) as stop:
+        script.train(args)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and message in error and error.count("\n") == 1
+    assert not list(folder.iterdir())
