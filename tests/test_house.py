@@ -2,6 +2,7 @@
 
 import ast
 import csv
+import dataclasses
 import json
 import math
 import os
@@ -27,6 +28,7 @@ ENDLESS = {
     "algos/dqn_atari.py": "--total-timesteps 20000",
     "algos/dynamic_programming.py": "--env FrozenLake-v1 --map-size 32 --gamma 0.99999 --tolerance 1e-300"
     " --total-timesteps 1000000",
+    "rlhf/dpo.py": "--total-episodes 1000000",
     "rlhf/pretrain.py": "--total-episodes 100000000",
     "rlhf/rlhf_ppo.py": "--total-episodes 1000000",
 }
@@ -37,6 +39,10 @@ EXPLODE = {"algos/dynamic_programming.py": None, "algos/q_learning.py": None}
 
 # Functions that are the same text wherever they occur. The run record is checked as a whole.
 SHARED_FUNCTIONS = {"gae": ("algos/ppo.py", "algos/a2c_gae.py")}
+
+# What the two scripts of preferences define under one name is one text, bar the parts that make them two.
+PREFERENCE_SCRIPTS = ("rlhf/rlhf_ppo.py", "rlhf/dpo.py")
+THEIR_OWN = {"Args", "validate", "train", "evaluate_saved"}
 
 RUN_RECORD = "# 7. Run record"
 CLOCK = ("seconds", "charts/SPS")
@@ -136,6 +142,28 @@ def test_shared_function_is_the_same_text(name):
         )
         texts.add(ast.get_source_segment(source(script), function))
     assert len(texts) == 1
+
+
+def test_preference_scripts_share_data_models_and_judges():
+    definitions = []
+    for script in PREFERENCE_SCRIPTS:
+        nodes = [n for n in ast.parse(source(script)).body if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
+        lines = source(script).splitlines()
+        first = {n.name: min(part.lineno for part in (n, *n.decorator_list)) - 1 for n in nodes}
+        definitions.append({n.name: lines[first[n.name] : n.end_lineno] for n in nodes})
+    shared = set(definitions[0]) & set(definitions[1]) - THEIR_OWN
+    assert {"load_split", "encode", "token_logprobs", "sample", "Reward", "sft_loss", "fit", "Judges", "evaluate",
+            "compare"} <= shared  # fmt: skip
+    for name in shared:
+        assert definitions[0][name] == definitions[1][name], name
+
+
+def test_preference_scripts_have_the_same_settings_where_they_mean_the_same():
+    fields = [{f.name: (f.default, f.type) for f in dataclasses.fields(load_script(script).Args)}
+              for script in PREFERENCE_SCRIPTS]  # fmt: skip
+    own = {"total_episodes", "batch_size", "learning_rate", "eval_every"}
+    assert len(shared := set(fields[0]) & set(fields[1]) - own) > 30
+    assert {name: fields[0][name] for name in shared} == {name: fields[1][name] for name in shared}
 
 
 @each_script
