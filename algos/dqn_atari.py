@@ -124,7 +124,7 @@ class Args:
     gamma: float = 0.99
     """discount factor of future rewards, in [0, 1]"""
     buffer_size: int = 1_000_000
-    """transitions that the replay memory holds before it forgets the oldest; 7.1 GB per million"""
+    """transitions that the replay memory holds before it forgets the oldest; a million take 7.07 GB"""
     save_buffer: bool = False
     """write the replay memory beside model.pt at the end and on Ctrl-C, so that --resume goes on with it"""
     batch_size: int = 32
@@ -136,17 +136,13 @@ class Args:
     gradient_steps: int = 8
     """gradient steps in a learning phase"""
     target_network_frequency: int = 8000
-    """environment steps between updates of the target network; a phase's gradient steps count evenly"""
-    tau: float = 1.0
-    """share of the online network in an update of the target network, in (0, 1]; 1 copies it"""
+    """environment steps between two copies of the network into the target network"""
     start_e: float = 1.0
     """share of random actions (epsilon) at the start, in [0, 1]"""
     end_e: float = 0.01
     """share of random actions after the exploration phase, in [0, 1]"""
     exploration_fraction: float = 0.1
     """share of total-timesteps over which epsilon falls linearly from start-e to end-e; in [0, 1]"""
-    loss: Literal["squared", "huber"] = "huber"
-    """error of a prediction; huber is linear beyond 1, so single large errors pull less"""
     max_grad_norm: float = 10.0
     """the gradient's norm is scaled down to at most this; > 0"""
 
@@ -156,8 +152,6 @@ class Args:
     """predict the state's value and each action's advantage, and add them (Wang)"""
     n_step: int = 3
     """rewards summed before bootstrapping; 1 is the plain temporal difference"""
-    target_network: bool = True
-    """--no-target-network bootstraps from the online network itself"""
 
     frame_stack: int = 4
     """frames that the network sees at once; 1 hides every movement"""
@@ -171,15 +165,23 @@ class Args:
     """Atari: a lost life ends the return as death does; the game goes on"""
     clip_rewards: bool = True
     """learn from the sign of each reward only (scores are reported unclipped)"""
+    threads: int = 1
+    """CPU cores that the networks may use; how many does not change what is learnt but for rounding"""
     bf16: bool = False
     """run the networks in bfloat16; meant for GPUs, and for CPUs whose arithmetic has it (AVX512-BF16, AMX)"""
 
 
+CATCH = dict(
+    total_timesteps=20_000, buffer_size=20_000, learning_starts=1000, num_envs=16, train_frequency=64, gradient_steps=4,
+    learning_rate=5e-4, target_network_frequency=1000, exploration_fraction=0.4, double=False,
+)  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {
     "ALE/Pong-v5": dict(
-        total_timesteps=1_000_000, buffer_size=100_000, learning_starts=5_000, learning_rate=2.5e-4,
-        train_frequency=64, target_network_frequency=2000,
+        total_timesteps=400_000, buffer_size=100_000, learning_starts=5000, learning_rate=2.5e-4,
+        train_frequency=64, target_network_frequency=4000, double=False,
     ),
+    "catch_env:Catch-v0": CATCH,  # the small game of tests/catch_env.py
+    "catch_env:CatchDrift-v0": CATCH,
 }  # fmt: skip
 
 
@@ -187,13 +189,13 @@ def validate(args: Args) -> None:
     """Ends the program with one line if a setting makes no sense."""
     for name in ("total_timesteps", "num_envs", "buffer_size", "batch_size", "train_frequency", "gradient_steps",
                  "target_network_frequency", "n_step", "frame_stack", "frame_skip", "eval_episodes",
-                 "learning_rate", "max_grad_norm"):  # fmt: skip
+                 "learning_rate", "max_grad_norm", "threads"):  # fmt: skip
         if not getattr(args, name) > 0:
             fail(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
     for name in ("seed", "learning_starts", "noop_max"):
         if not getattr(args, name) >= 0:
             fail(f"--{name.replace('_', '-')} must not be negative, but is {getattr(args, name)}")
-    for name in ("gamma", "tau", "start_e", "end_e", "exploration_fraction", "repeat_action_probability"):
+    for name in ("gamma", "start_e", "end_e", "exploration_fraction", "repeat_action_probability"):
         if not 0 <= getattr(args, name) <= 1:
             fail(f"--{name.replace('_', '-')} must lie in [0, 1], not {getattr(args, name)}")
     if args.buffer_size < 2 * args.num_envs:
@@ -320,20 +322,6 @@ def td_target(returns: Tensor, discounts: Tensor, next_q: Tensor, next_q_online:
     return returns + discounts * best
 
 
-def td_loss(predictions: Tensor, targets: Tensor, kind: str) -> Tensor:
-    """Mean squared or Huber error, [B] -> scalar."""
-    assert predictions.shape == targets.shape
-    error = nn.functional.mse_loss if kind == "squared" else nn.functional.huber_loss
-    return error(predictions, targets)
-
-
-@torch.no_grad()
-def update_target(q_net: nn.Module, target_net: nn.Module, tau: float) -> None:
-    """Moves the target network by the share tau towards the online one; tau 1 copies it."""
-    for target, online in zip(target_net.parameters(), q_net.parameters(), strict=True):
-        target.lerp_(online, tau)
-
-
 class Replay:
     """The latest steps of N environments, in the order in which they were played.
 
@@ -450,6 +438,7 @@ def train(args: Args) -> Path:
     validate(args)
     saved = load_checkpoint(args.resume) if args.resume else None
     device = pick_device(args.device, auto="cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(args.threads)
     rng = seed_everything(args.seed)
 
     env = make_env(args)  # says in one line what is wrong, if anything is
@@ -457,8 +446,8 @@ def train(args: Args) -> Path:
     env.close()
     envs = make_envs(args)
     q_net = QNetwork((args.frame_stack, *frame_shape), int(action_space.n), args.dueling, args.bf16).to(device)
-    target_net = copy.deepcopy(q_net).requires_grad_(False) if args.target_network else q_net
-    optimizer = torch.optim.Adam(q_net.parameters(), lr=args.learning_rate, eps=1.5e-4, fused=device.type != "mps")
+    target_net = copy.deepcopy(q_net).requires_grad_(False)
+    optimizer = torch.optim.Adam(q_net.parameters(), lr=args.learning_rate, fused=device.type != "mps")
     updates = 0
 
     N, T = args.num_envs, max(args.train_frequency // args.num_envs, 1)  # a phase plays T steps of N environments
@@ -530,14 +519,15 @@ def train(args: Args) -> Path:
                     next_q_online = q_net(mb_next_obs) if args.double else None
                     targets = td_target(mb_returns, mb_discounts, target_net(mb_next_obs), next_q_online)
                 predictions = q_net(mb_obs).gather(1, mb_actions.unsqueeze(1)).squeeze(1)  # [B]
-                loss = td_loss(predictions, targets, args.loss)
+                assert predictions.shape == targets.shape
+                loss = nn.functional.huber_loss(predictions, targets)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 nn.utils.clip_grad_norm_(q_net.parameters(), args.max_grad_norm)
                 optimizer.step()
                 updates += 1
-                if args.target_network and updates % target_every == 0:
-                    update_target(q_net, target_net, args.tau)
+                if updates % target_every == 0:
+                    target_net.load_state_dict(q_net.state_dict())
                 losses.append(loss.detach())
                 q_values.append(predictions.detach().mean())
 
