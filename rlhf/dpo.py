@@ -269,7 +269,7 @@ def load_split(name: str, split: str) -> datasets.Dataset:
     try:
         return datasets.load_dataset(name, split=split, cache_dir=cache)
     except Exception as error:  # the loader has no common class of errors
-        fail(f"cannot load the split {split!r} of --dataset {name}: {error}")
+        fail(f"cannot load the split {split!r} of the dataset {name}: {error}")
 
 
 def column(data: datasets.Dataset, name: str) -> list[Any]:
@@ -291,7 +291,8 @@ def encode(tokenizer: Any, prompt: str, text: str, max_length: int) -> tuple[lis
 
 def known(tokenizer: Any, rows: list[list[int]], what: str) -> list[int]:
     """Numbers of the rows without an unknown token; says how many there are."""
-    kept = [n for n, ids in enumerate(rows) if tokenizer.unk_token_id not in ids]
+    unknown = {tokenizer.unk_token_id} - {tokenizer.eos_token_id}  # GPT-2 has one token for both
+    kept = [n for n, ids in enumerate(rows) if not unknown & set(ids)]
     if not kept:
         fail(f"none of the {len(rows)} {what} is made of words that the tokenizer knows")
     if len(kept) < len(rows):
@@ -395,12 +396,12 @@ def encode_preferences(args: Args, tokenizer: Any, records: list[dict[str, Any]]
     """Token ids of what can be learnt from; the rest is counted and left out."""
     single = bool(records) and "completion" in records[0]
     names, what = (("completion",), "texts") if single else (("chosen", "rejected"), "pairs")
-    if args.loss != "kto" and single:
-        fail(f"--loss {args.loss} needs pairs, columns chosen and rejected; single texts with labels are for kto")
     data, problems = Preferences([], []), Counter()
+    unknown = {tokenizer.unk_token_id} - {tokenizer.eos_token_id}
     for record in records:
-        prompt = tokenizer(record["prompt"])["input_ids"] if record["prompt"] else []
-        texts = [encode(tokenizer, record["prompt"], record[name], 10**9)[0] for name in names]
+        head = record["prompt"] or ""
+        prompt = tokenizer(head)["input_ids"] if head else []
+        texts = [encode(tokenizer, head, record[name] or "", 10**9)[0] for name in names]
         for ids, name in zip(texts, names, strict=True):
             if not record.get(f"{name}_ended", True):
                 ids.pop()
@@ -409,14 +410,14 @@ def encode_preferences(args: Args, tokenizer: Any, records: list[dict[str, Any]]
         if start == 0:  # something must come before the first token
             first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
             start, texts = 1, [[first, *ids] for ids in texts]
-        if not all(record[name].strip() and len(ids) > start for name, ids in zip(names, texts, strict=True)):
+        if any(unknown & set(ids) for ids in texts):
+            problems["have words that the tokenizer does not know"] += 1
+        elif not all(tokenizer.decode(ids[start:], skip_special_tokens=True).strip() for ids in texts):
             problems["have an empty text"] += 1
         elif texts[0] == texts[-1] and not single:
             problems["have the same text as chosen and as rejected"] += 1
         elif max(map(len, texts)) > args.max_length:
             problems[f"are longer than the {args.max_length} tokens of --max-length"] += 1
-        elif any(tokenizer.unk_token_id in ids for ids in texts):
-            problems["have words that the tokenizer does not know"] += 1
         else:
             data.rows += [(ids, start) for ids in texts]
             data.good += [bool(record["label"])] if single else [True, False]
@@ -882,13 +883,31 @@ def kto_reference_point(
     return (total / len(rows)).clamp(min=0)
 
 
+def preference_losses(args: Args, values: Tensor, good: Tensor, kl: Tensor, weights: tuple[float, float]) -> Tensor:
+    """The losses of pairs; values has all chosen texts and then all rejected ones. KTO: of single texts."""
+    if args.loss == "kto":
+        return kto_loss(values, good, kl, args.beta, *weights)
+    chosen, rejected = values.chunk(2)
+    if args.loss == "ipo":
+        return ipo_loss(chosen, rejected, args.beta)
+    if args.loss == "hinge":
+        return hinge_loss(chosen, rejected, args.beta)
+    if args.loss == "orpo":
+        return args.beta * orpo_loss(chosen, rejected)
+    if args.loss == "simpo":
+        return simpo_loss(chosen, rejected, args.beta, args.simpo_gamma)
+    return dpo_loss(chosen, rejected, args.beta, args.label_smoothing if args.loss == "cdpo" else 0.0)
+
+
 def preference_step(
     args: Args, accelerator: Accelerator, model: nn.Module, optimizer: Any, pad_id: int, data: Preferences,
     rows: np.ndarray,
 ) -> Tensor:  # fmt: skip
     """One optimizer step on these pairs (KTO: texts); the loss and, over their number, the sums that are reported."""
     single, average = args.loss == "kto", args.loss in ("orpo", "simpo") or (args.loss == "ipo" and args.ipo_average)
-    kl = kto_reference_point(args, accelerator, model, pad_id, data, rows) if single else torch.zeros(())
+    kl = torch.zeros((), device=accelerator.device)
+    if single:
+        kl = kto_reference_point(args, accelerator, model, pad_id, data, rows)
     weights = kto_weights(data.good, args.desirable_weight, args.undesirable_weight)
     taught = [n for n in (rows if single else 2 * rows) if data.good[n]]
     tokens = sum(len(data.rows[n][0]) - data.rows[n][1] for n in taught)
@@ -901,23 +920,9 @@ def preference_step(
         values = logps - data.ref_logps[numbers]
         if average:
             values = values / counts
-        chosen, rejected = (None, None) if single else values.chunk(2)
-        if args.loss == "dpo":
-            losses = dpo_loss(chosen, rejected, args.beta)
-        elif args.loss == "cdpo":
-            losses = dpo_loss(chosen, rejected, args.beta, args.label_smoothing)
-        elif args.loss == "ipo":
-            losses = ipo_loss(chosen, rejected, args.beta)
-        elif args.loss == "hinge":
-            losses = hinge_loss(chosen, rejected, args.beta)
-        elif args.loss == "kto":
-            losses = kto_loss(values, good, kl, args.beta, *weights)
-        elif args.loss == "orpo":
-            losses = args.beta * orpo_loss(chosen, rejected)
-        else:
-            losses = simpo_loss(chosen, rejected, args.beta, args.simpo_gamma)
+        losses = preference_losses(args, values, good, kl, weights)
         loss = losses.sum() - sft_coef * (logps * good).sum() * len(rows) / max(tokens, 1)
-        right = ((values > kl) == good) if single else chosen > rejected
+        right = (values > kl) == good if single else torch.gt(*values.chunk(2))
         ones = torch.ones_like(logps)
         measured = [(x * mask).sum() for mask in (good, ~good) for x in (ones, args.beta * values, logps)]
         return torch.stack((loss, kl * len(part), right.sum(), *measured))

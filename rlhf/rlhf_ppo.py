@@ -259,7 +259,7 @@ def load_split(name: str, split: str) -> datasets.Dataset:
     try:
         return datasets.load_dataset(name, split=split, cache_dir=cache)
     except Exception as error:  # the loader has no common class of errors
-        fail(f"cannot load the split {split!r} of --dataset {name}: {error}")
+        fail(f"cannot load the split {split!r} of the dataset {name}: {error}")
 
 
 def column(data: datasets.Dataset, name: str) -> list[Any]:
@@ -281,7 +281,8 @@ def encode(tokenizer: Any, prompt: str, text: str, max_length: int) -> tuple[lis
 
 def known(tokenizer: Any, rows: list[list[int]], what: str) -> list[int]:
     """Numbers of the rows without an unknown token; says how many there are."""
-    kept = [n for n, ids in enumerate(rows) if tokenizer.unk_token_id not in ids]
+    unknown = {tokenizer.unk_token_id} - {tokenizer.eos_token_id}  # GPT-2 has one token for both
+    kept = [n for n, ids in enumerate(rows) if not unknown & set(ids)]
     if not kept:
         fail(f"none of the {len(rows)} {what} is made of words that the tokenizer knows")
     if len(kept) < len(rows):

@@ -371,6 +371,14 @@ def test_texts_end_exactly_once_and_only_if_they_end(capsys):
     assert encoded([record], max_length=4).rows and "left out" not in capsys.readouterr().out
 
 
+def test_unknown_token_that_is_the_end_token_loses_no_text():
+    """As in GPT-2."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.unk_token = tokenizer.eos_token
+    assert len(encoded([{"prompt": "it is", "chosen": " good", "rejected": " bad"}], tokenizer).rows) == 2
+    assert dpo.known(tokenizer, [dpo.encode(tokenizer, "", "good film", 9)[0]], "texts") == [0]
+
+
 def test_texts_without_prompt_get_a_first_token():
     (chosen, start), _ = encoded([{"prompt": "", "chosen": "good film", "rejected": "bad"}]).rows
     assert chosen[0] == EOS and start == 1 and chosen.count(EOS) == 2 and len(chosen) == 4
@@ -410,6 +418,9 @@ def test_conversations_of_every_form():
     assert tokenizer.decode(rejected) == "user film <eos> bot bad <eos>" and start == 4
     longer = {"chosen": [user, good, user, bad], "rejected": [user, bad]}  # they part at the second message
     assert dpo.from_messages(tokenizer, longer, ("chosen", "rejected"))["prompt"] == texts[0]["prompt"]
+    silent = {"prompt": [user], "chosen": [good], "rejected": [{"role": "bot", "content": ""}]}
+    with pytest.raises(SystemExit):
+        encoded([dpo.from_messages(tokenizer, silent, ("chosen", "rejected"))], tokenizer)
     single = dpo.from_messages(tokenizer, {"prompt": [user], "completion": [good]}, ("completion",))
     assert single["prompt"] == texts[0]["prompt"] and single["completion"] == texts[0]["chosen"]
 
