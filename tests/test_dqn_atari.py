@@ -61,6 +61,11 @@ def trained(tmp_path, env, monkeypatch=None, **changes):
     return (saved, memories[0], folder) if monkeypatch else saved
 
 
+def rows_of(folder):
+    with open(folder / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
 # The mathematics ------------------------------------------------------------------------------
 
 
@@ -219,9 +224,23 @@ def test_rewards_are_clipped_for_learning_only(tmp_path, monkeypatch, clip):
     _, replay, folder = trained(tmp_path, "Noise-v0", monkeypatch, clip_rewards=clip, learning_starts=1000)
     rewards = replay.rewards[replay.draw(300, np.random.default_rng(0))]
     assert (set(rewards) == {-1.0, 1.0}) == clip
-    with open(folder / "metrics.csv", newline="") as file:
-        returns = [float(row["charts/episodic_return"] or 0) for row in csv.DictReader(file)]
-    assert any(value % 1 for value in returns)
+    assert any(float(row["charts/episodic_return"] or 0) % 1 for row in rows_of(folder))
+
+
+def test_returns_and_lengths_are_those_of_all_finished_episodes(tmp_path, monkeypatch):
+    """However they ended; counted from the memory, which holds the whole run."""
+    _, replay, folder = trained(tmp_path, "Noise-v0", monkeypatch, clip_rewards=False, buffer_size=1000, num_envs=2)
+    lengths, returns = [], []
+    for n in range(2):
+        slots = np.arange(n, replay.size, 2)
+        slots = slots[replay.valid[slots]]
+        ends = np.flatnonzero(replay.terminated[slots] | replay.truncated[slots]) + 1
+        lengths += np.diff(ends, prepend=0).tolist()
+        returns += [part.sum() for part in np.split(replay.rewards[slots], ends)[:-1]]
+    last = rows_of(folder)[-1]
+    assert 30 < len(lengths) <= 100  # the means are over 100 episodes
+    assert float(last["charts/episodic_length"]) == pytest.approx(np.mean(lengths))
+    assert float(last["charts/episodic_return"]) == pytest.approx(np.mean(returns), rel=1e-4)
 
 
 def test_colour_images_become_grey_and_small():
@@ -323,14 +342,14 @@ def test_the_target_network_values_and_the_online_one_chooses_if_double(tmp_path
     assert steps[0] and not any(steps[1:]) and len(steps) > 10  # the two networks part ways at the first step
 
 
-def test_epsilon_follows_its_schedule_and_is_the_share_of_random_actions(tmp_path, monkeypatch):
+def test_schedules_are_followed_and_epsilon_is_the_share_of_random_actions(tmp_path, monkeypatch):
     monkeypatch.setattr(atari.QNetwork, "act", lambda self, stacks: np.full(len(stacks), 2))
     no_learning = dict(total_timesteps=8000, buffer_size=16_000, learning_starts=10_000)
     _, replay, folder = trained(tmp_path, CATCH, monkeypatch, **no_learning, exploration_fraction=0.5, end_e=0.1)
-    with open(folder / "metrics.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    steps, epsilons = (np.array([float(row[key]) for row in rows]) for key in ("step", "charts/epsilon"))
+    columns = ("step", "charts/epsilon", "charts/learning_rate")
+    steps, epsilons, rates = (np.array([float(row[key]) for row in rows_of(folder)]) for key in columns)
     np.testing.assert_allclose(epsilons, np.maximum(1 - 0.9 * (steps - 16) / 4000, 0.1), atol=0.02)
+    np.testing.assert_allclose(rates, 1e-4 * (1 - (steps - 16) / 8000), atol=1e-6)
     first, last = replay.actions[:2000] != 2, replay.actions[replay.head - 2000 : replay.head] != 2
     assert first.mean() == pytest.approx(2 / 3 * (1 - 0.9 * 900 / 4000), abs=0.05)
     assert last.mean() == pytest.approx(2 / 3 * 0.1, abs=0.03)
