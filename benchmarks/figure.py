@@ -123,7 +123,7 @@ def draw_panel(axis: Any, group: Group, panel: Panel, found: dict[Variant, list[
     goal = reward_threshold(envs.pop()) if len(envs) == 1 and "return" in panel.key else None
     if goal is not None and drawn:
         axis.axhline(goal, color="#444444", linewidth=1, linestyle="--", label="threshold")
-    axis.set_xlabel({"step": "environment steps"}.get(panel.x, panel.x))
+    axis.set_xlabel({"step": "environment steps", "charts/episodes": "texts written during PPO"}.get(panel.x, panel.x))
     axis.xaxis.set_major_formatter(mpl.ticker.EngFormatter(sep=""))
     return drawn
 

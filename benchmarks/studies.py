@@ -327,6 +327,31 @@ CATCH = Study(
     [RETURN, Panel("charts/episodic_return", "the same against seconds", x="seconds")],
 )  # fmt: skip
 
+# RLHF ------------------------------------------------------------------------------------------
+# About 150 s a run. Three seeds of everything and two more of the default: 28 minutes of one core.
+
+RLHF, TEXTS = "rlhf/rlhf_ppo.py", "charts/episodes"
+RLHF_STUDY = Study(
+    "rlhf", "RLHF: reward, judge and the price of KL",
+    "Where does a better score stop being a better text?",
+    [Group("PPO on human ratings", [
+        Variant("log sigmoid of the score, β 0.05 (default)", RLHF),
+        Variant("the score itself, β 0.05", RLHF, flags="--reward-shaping none"),
+        Variant("the score itself, β 0.01", RLHF, flags="--reward-shaping none --kl-coef 0.01"),
+    ])],
+    [Panel("eval/score", "score of the reward model", x=TEXTS),
+     Panel("eval/judge", "second judge: P(positive)", x=TEXTS),
+     Panel("eval/kl", "KL from the SFT model, nats a text", x=TEXTS),
+     Panel("eval/distinct_2", "distinct-2: variety", x=TEXTS)],
+    columns=[("score", "after.score"), ("judge", "after.judge"), ("before", "before.judge"), ("VADER", "after.vader"),
+             ("before", "before.vader"), ("KL, nats", "after.kl"), ("distinct-2", "after.distinct_2"),
+             ("tokens", "after.length"), ("before", "before.length"), ("reference perplexity", "after.ref_perplexity"),
+             ("before", "before.ref_perplexity"), ("reward model, pairs a grade apart", "reward_accuracy"),
+             ("all pairs", "reward_accuracy_all"), ("training, s", "train_seconds"),
+             ("peak memory, MB", "peak_memory_mb")],
+    columns_only=True,
+)  # fmt: skip
+
 # Against others --------------------------------------------------------------------------------
 # Run with --workers 1, so that nothing else runs beside a measured run, for example:
 #   python benchmarks/run.py against_others --only cartpole --workers 1 --peers-python sb3/bin/python
@@ -378,4 +403,4 @@ SCALING = Study(
 )  # fmt: skip
 
 STUDIES = {study.name: study for study in (SCORES, Q_LEARNING, DQN_STUDY, POLICY_GRADIENT, PPO_STUDY, PPO_LANDER,
-                                           PONG, CATCH, AGAINST_OTHERS, SCALING)}  # fmt: skip
+                                           PONG, CATCH, RLHF_STUDY, AGAINST_OTHERS, SCALING)}  # fmt: skip

@@ -650,11 +650,11 @@ def distinct_2(texts: list[str]) -> float:
 # 5. Training ------------------------------------------------------------------------------------
 
 CURVES = ("objective/score", "eval/judge", "eval/kl", "eval/length", "eval/distinct_2", "losses/entropy")
-COLUMNS = ("charts/learning_rate", "charts/kl_coef", "charts/token_bonus", "losses/sft_loss", "losses/reward_loss",
-           "objective/score", "objective/kl", "objective/reward", "objective/length", "objective/ended",
-           "losses/policy_loss", "losses/value_loss", "losses/entropy", "losses/approx_kl", "losses/clipfrac",
-           "losses/explained_variance", "eval/score", "eval/judge", "eval/vader", "eval/kl", "eval/kl_interval",
-           "eval/length", "eval/distinct_2", "eval/ref_perplexity", "eval/ended")  # fmt: skip
+COLUMNS = ("charts/learning_rate", "charts/episodes", "charts/kl_coef", "charts/token_bonus", "losses/sft_loss",
+           "losses/reward_loss", "objective/score", "objective/kl", "objective/reward", "objective/length",
+           "objective/ended", "losses/policy_loss", "losses/value_loss", "losses/entropy", "losses/approx_kl",
+           "losses/clipfrac", "losses/explained_variance", "eval/score", "eval/judge", "eval/vader", "eval/kl",
+           "eval/kl_interval", "eval/length", "eval/distinct_2", "eval/ref_perplexity", "eval/ended")  # fmt: skip
 
 
 def batches(size: int, batch_size: int, epochs: int, seed: int) -> list[np.ndarray]:
@@ -936,8 +936,9 @@ def train(args: Args) -> Path:
             add_advantages(args, batch, place["kl_coef"], place["token_bonus"])
             losses = ppo_update(args, accelerator, model, optimizer, batch, rng)
 
-            metrics = {"charts/learning_rate": lr, "charts/kl_coef": place["kl_coef"],
-                       "charts/token_bonus": place["token_bonus"]} | summarize(batch) | losses  # fmt: skip
+            metrics = {"charts/learning_rate": lr, "charts/episodes": (iteration + 1) * args.batch_size,
+                       "charts/kl_coef": place["kl_coef"], "charts/token_bonus": place["token_bonus"]}  # fmt: skip
+            metrics |= summarize(batch) | losses
             if args.keep_length:
                 place["token_bonus"] += 0.01 * (1 - metrics["objective/length"] / place["sft_length"])
             if args.kl_target is not None:
