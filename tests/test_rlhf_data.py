@@ -94,7 +94,7 @@ def test_datasets_reads_the_folder_like_a_hub_name(splits, tmp_path):
 
 
 def test_corpus_is_large_and_small_enough(corpus):
-    assert len(corpus) >= 10_000
+    assert len(corpus) >= 30_000
     assert (DATA / "corpus" / "reviews.txt.gz").stat().st_size <= 3_000_000
     assert len({text.lower() for text in corpus}) == len(corpus)
 
@@ -182,13 +182,13 @@ def test_tiny_lm_predicts_texts_left_out(lm):
     with_bos = pretrain.valid_loss(pretrain.Args(), model, tokenizer, rows)
     counts = Counter(token for row in rows for token in row)
     entropy = -sum(n / counts.total() * math.log(n / counts.total()) for n in counts.values())
-    assert with_bos < 3.7 < entropy - 1  # far better than knowing how frequent each word is
+    assert with_bos < 3.6 < entropy - 1  # far better than knowing how frequent each word is
     total = number = 0
     with torch.no_grad():
         for row in rows[:300]:  # the first word given, as in the RLHF scripts: no worse than a little
             loss = model(torch.tensor([row]), labels=torch.tensor([row])).loss
             total, number = total + loss.item() * (len(row) - 1), number + len(row) - 1
-    assert total / number < 3.7 + 0.1
+    assert total / number < 3.6 + 0.1
 
 
 def test_tiny_lm_writes_clean_sentences_that_end(lm):
