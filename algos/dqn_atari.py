@@ -177,8 +177,8 @@ CATCH = dict(
 )  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {
     "ALE/Pong-v5": dict(
-        total_timesteps=400_000, buffer_size=100_000, learning_starts=5000, learning_rate=2.5e-4,
-        train_frequency=64, target_network_frequency=4000, double=False,
+        total_timesteps=300_000, buffer_size=100_000, learning_starts=5000, learning_rate=2.5e-4,
+        train_frequency=64, target_network_frequency=2000, double=False,
     ),
     "catch_env:Catch-v0": CATCH,  # the small game of tests/catch_env.py
     "catch_env:CatchDrift-v0": CATCH,
@@ -270,10 +270,17 @@ class QNetwork(nn.Module):
         )  # fmt: skip
         features = self.convolutions(torch.zeros(1, *stack_shape)).shape[1]  # 3136 for 84 x 84
         self.heads = nn.Sequential(nn.Linear(features, 512), nn.ReLU(), nn.Linear(512, num_actions + dueling))
+        for layer in [*self.convolutions, *self.heads]:
+            if hasattr(layer, "weight"):  # He et al. 2015: signals keep their size from layer to layer
+                nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu")
+                nn.init.zeros_(layer.bias)
+        nn.init.uniform_(self.heads[-1].weight, -0.01, 0.01)
 
     def forward(self, stacks: Tensor) -> Tensor:  # bytes [B, K, H, W] -> [B, A]
+        pixels = stacks.float() / 255
+        pixels -= pixels.mean((1, 2, 3), keepdim=True)  # a grey background would switch whole channels off
         with torch.autocast(stacks.device.type, torch.bfloat16, enabled=self.bf16):
-            heads = self.heads(self.convolutions(stacks.float() / 255)).float()
+            heads = self.heads(self.convolutions(pixels)).float()
         return combine_dueling(heads) if self.dueling else heads
 
     @torch.no_grad()
