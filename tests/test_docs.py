@@ -208,6 +208,14 @@ def test_shown_command_runs_in_a_shell(command, tmp_path):
     assert (folder / "summary.json").is_file() and process.stdout.splitlines()[-1].endswith(str(folder))
 
 
+@each_page
+def test_named_tests_exist(page):
+    for file, word in re.findall(r"pytest (tests/\w+\.py) -k (\w+)", PAGES[page]):
+        assert re.search(rf"^def test_\w*{word}", (ROOT / file).read_text(), re.M), f"{file} has no test {word}"
+    for name, file in re.findall(r"`(test_\w+)` in\s+\[(tests/\w+\.py)\]", PAGES[page]):
+        assert f"def {name}(" in (ROOT / file).read_text(), f"{file} has no {name}"
+
+
 # Code that the documents show --------------------------------------------------------------------
 
 
