@@ -19,6 +19,7 @@ import os
 import sys
 import tempfile
 import time
+from types import SimpleNamespace
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -112,17 +113,20 @@ def main() -> None:
     dpo = load_script("dpo")
     tokenizer, lm = dpo.load_lm(dpo.Args().model)
     tokenizer.padding_side = "right"
-    args = dpo.Args(num_pairs=int(1.5 * BATCH * options.steps), num_samples=2, loss="dpo")
+    args = dpo.Args(num_pairs=2 * BATCH * options.steps, num_samples=2)
     if options.pairs:
         records = [dict(record) for record in dpo.load_split(options.pairs, "train")]
     else:
         prompts = dpo.make_prompts(args, tokenizer, dpo.load_split(args.dataset, args.reward_split))
-        reward = dpo.Reward("bag", lm, tokenizer, -1)
+        reward = SimpleNamespace(score=lambda texts: torch.rand(len(texts)))  # which text is better does not matter
         records = dpo.sample_pairs(args, Accelerator(cpu=True), tokenizer, lm, reward, prompts)
-    usable = [record for record in records if record.get("chosen_ended", True) and record.get("rejected_ended", True)
-              and tokenizer.unk_token_id not in tokenizer(record["prompt"] + record["chosen"] + " "
-                                                          + record["prompt"] + record["rejected"])["input_ids"]
-              and record["chosen"] != record["rejected"]][: BATCH * options.steps]  # fmt: skip
+    usable = []  # pairs that both programs read alike, and none of which ours leaves out
+    for record in records:
+        texts = [tokenizer(record["prompt"] + record[name])["input_ids"] for name in ("chosen", "rejected")]
+        ended = record.get("chosen_ended", True) and record.get("rejected_ended", True)
+        if ended and texts[0] != texts[1] and not any(tokenizer.unk_token_id in ids for ids in texts):
+            usable.append(record)
+    usable = usable[: BATCH * options.steps]
     steps = min(options.steps, len(usable) // BATCH)
 
     def tiny() -> torch.nn.Module:
