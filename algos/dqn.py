@@ -139,10 +139,12 @@ class Args:
     """share of random actions after the exploration phase, in [0, 1]"""
     exploration_fraction: float = 0.1
     """share of total-timesteps over which epsilon falls linearly from start-e to end-e; in [0, 1]"""
+    repeat_random: float = 0.0
+    """chance in [0, 1) that a random action repeats the one before it; near 1, exploration makes long moves"""
     loss: Literal["squared", "huber"] = "squared"
     """error of a prediction; huber is linear beyond 1, so single large errors pull less"""
     max_grad_norm: float = 10.0
-    """the gradient's norm is scaled down to at most this; > 0"""
+    """the gradient's norm is scaled down to at most this; > 0, and inf never does"""
     reward_scale: float = 1.0
     """factor on rewards inside the learner; aim at returns of the order of 10"""
     hidden: tuple[int, ...] = (64, 64)
@@ -194,7 +196,7 @@ def validate(args: Args) -> None:
     for name in ("seed", "learning_starts"):
         if not getattr(args, name) >= 0:
             fail(f"--{name.replace('_', '-')} must not be negative, but is {getattr(args, name)}")
-    for name in ("gamma", "tau", "start_e", "end_e", "exploration_fraction",
+    for name in ("gamma", "tau", "start_e", "end_e", "exploration_fraction", "repeat_random",
                  "prioritized_replay_alpha", "prioritized_replay_beta"):  # fmt: skip
         if not 0 <= getattr(args, name) <= 1:
             fail(f"--{name.replace('_', '-')} must lie in [0, 1], not {getattr(args, name)}")
@@ -233,7 +235,7 @@ def make_envs(env_id: str, num_envs: int) -> gym.vector.VectorEnv:
     if num_envs > 4 and gym.spec(env_id).vector_entry_point is not None:  # a NumPy-vectorised version (CartPole)
         envs = gym.make_vec(env_id, num_envs, vectorization_mode="vector_entry_point")
     else:
-        envs = SyncVectorEnv([lambda: make_env(env_id)] * num_envs, autoreset_mode=AutoresetMode.NEXT_STEP)
+        envs = SyncVectorEnv([lambda: make_env(env_id)] * num_envs, copy=False, autoreset_mode=AutoresetMode.NEXT_STEP)
     assert envs.metadata["autoreset_mode"] == AutoresetMode.NEXT_STEP
     return envs
 
@@ -512,7 +514,8 @@ def train(args: Args) -> Path:
     obs_dim, action_space = envs.single_observation_space.shape[0], envs.single_action_space
     q_net = QNetwork(obs_dim, int(action_space.n), args.hidden, args.dueling).to(device)
     target_net = copy.deepcopy(q_net).requires_grad_(False) if args.target_network else q_net
-    optimizer = torch.optim.Adam(q_net.parameters(), lr=args.learning_rate, fused=device.type != "mps")
+    parameters = list(q_net.parameters())
+    optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, fused=device.type != "mps")
     updates = 0
 
     N, T = args.num_envs, max(args.train_frequency // args.num_envs, 1)  # a phase plays T steps of N environments
@@ -541,6 +544,7 @@ def train(args: Args) -> Path:
             print(f"no replay memory was saved (--save-buffer): learning goes on after {args.learning_starts:,} steps")
 
     terminated = truncated = np.zeros(N, bool)
+    last_random = np.zeros(N, int)
     episode_return, episode_length = np.zeros(N), np.zeros(N, int)
     foresight = Foresight(N, args.gamma)
     losses, q_values = [], []
@@ -558,6 +562,9 @@ def train(args: Args) -> Path:
             # Play. In NEXT_STEP mode the row after an episode's end only resets: it is not valid.
             q_function = q_net.numpy_q()
             explore, random_actions = rng.random((T, N)) < epsilon, rng.integers(action_space.n, size=(T, N))
+            if args.repeat_random:
+                for t, repeat in enumerate(rng.random((T, N)) < args.repeat_random):
+                    random_actions[t] = last_random = np.where(repeat, last_random, random_actions[t])
             for t in range(T):
                 q = q_function(obs)  # [N, A]
                 actions = np.where(explore[t], random_actions[t], q.argmax(1))
@@ -586,28 +593,33 @@ def train(args: Args) -> Path:
                 if args.prioritized:
                     slots = priorities.sample(count, rng)
                     beta = linear_schedule(args.prioritized_replay_beta, 1.0, args.total_timesteps, step)
-                    weights = importance_weights(priorities[slots], beta).astype(np.float32)
+                    weights = torch.from_numpy(importance_weights(priorities[slots], beta)).float().to(device)
                 else:
-                    slots, weights = replay.draw(count, rng, newest), np.ones(count, np.float32)
-                batch = (*replay.batch(slots, args.n_step, args.gamma), weights)
-                minibatches = zip(*(torch.from_numpy(x).to(device).split(args.batch_size) for x in batch), strict=True)
+                    slots, weights = replay.draw(count, rng, newest), None
+                batch = [torch.from_numpy(x).to(device) for x in replay.batch(slots, args.n_step, args.gamma)]
                 errors = []
-                for mb_obs, mb_actions, mb_returns, mb_discounts, mb_next_obs, mb_weights in minibatches:
+                for i in range(0, count, args.batch_size):
+                    mb_obs, mb_actions, mb_returns, mb_discounts, mb_next_obs = (
+                        x[i : i + args.batch_size] for x in batch
+                    )
                     with torch.no_grad():
                         next_q_online = q_net(mb_next_obs) if args.double else None
                         targets = td_target(mb_returns, mb_discounts, target_net(mb_next_obs), next_q_online)
                     predictions = q_net(mb_obs).gather(1, mb_actions.unsqueeze(1)).squeeze(1)  # [B]
-                    loss = td_loss(predictions, targets, mb_weights if args.prioritized else None, args.loss)
-                    optimizer.zero_grad(set_to_none=True)
+                    mb_weights = weights[i : i + args.batch_size] if args.prioritized else None
+                    loss = td_loss(predictions, targets, mb_weights, args.loss)
+                    for parameter in parameters:
+                        parameter.grad = None
                     loss.backward()
-                    nn.utils.clip_grad_norm_(q_net.parameters(), args.max_grad_norm)
+                    if args.max_grad_norm < math.inf:
+                        nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
                     optimizer.step()
                     updates += 1
                     if args.target_network and updates % target_every == 0:
                         update_target(q_net, target_net, args.tau)
                     errors.append((targets - predictions).detach())
                     losses.append(loss.detach())
-                    q_values.append(predictions.detach().mean())
+                    q_values.append(predictions.detach())
                 if args.prioritized:
                     surprise = (torch.cat(errors).abs().cpu().numpy() + 1e-6) ** args.prioritized_replay_alpha
                     priorities[slots] = surprise  # Eq. 1, Schaul 2016
@@ -618,7 +630,7 @@ def train(args: Args) -> Path:
                 run.report(step, {
                     "charts/learning_rate": lr, "charts/epsilon": epsilon,
                     "losses/td_loss": torch.stack(losses).mean().item() if losses else None,
-                    "losses/q_values": torch.stack(q_values).mean().item() / args.reward_scale if losses else None,
+                    "losses/q_values": torch.cat(q_values).mean().item() / args.reward_scale if losses else None,
                     "charts/predicted_return": predicted, "charts/obtained_return": obtained,
                     "charts/overestimation": None if predicted is None else predicted - obtained,
                 })  # fmt: skip

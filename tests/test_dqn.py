@@ -72,6 +72,22 @@ def test_epsilon_is_the_share_of_random_actions(tmp_path, monkeypatch):
     assert 0.18 < 1 - np.mean(taken) < 0.22  # half of the random ones are action 0
 
 
+@pytest.mark.parametrize("repeat, same", [(0.0, 0.5), (0.9, 0.95)])  # a fresh one of two is the same by half
+def test_random_actions_repeat_as_often_as_told(tmp_path, monkeypatch, repeat, same):
+    taken = []
+    add = dqn.Replay.add
+
+    def spy(self, actions, *rest):
+        taken.append(np.array(actions))
+        add(self, actions, *rest)
+
+    monkeypatch.setattr(dqn.Replay, "add", spy)
+    trained(tmp_path, "ProbeConstant-v0", total_timesteps=2000, start_e=1, end_e=1, repeat_random=repeat)
+    taken = np.array(taken)  # [steps, N]; the chain of an environment goes on from one phase to the next
+    assert abs((taken[1:] == taken[:-1]).mean() - same) < 0.03
+    assert abs(taken.mean() - 0.5) < 0.1
+
+
 def brute_force_fold(rewards, terminated, truncated, gamma):
     total, horizon = 0.0, 0
     for reward, dead, cut in zip(rewards, terminated, truncated, strict=True):
@@ -374,6 +390,15 @@ def test_the_prediction_is_compared_with_what_was_obtained(tmp_path):
     assert float(rows[0]["charts/overestimation"]) < -0.5  # it has learnt nothing yet
     _, rows = trained(tmp_path, "ProbeTruncated-v0", gamma=0.9)
     assert float(rows[-1]["charts/obtained_return"]) == pytest.approx(10, abs=1)  # the rest counts as predicted
+
+
+def test_gradients_are_clipped_unless_the_bound_is_infinite(tmp_path):
+    def weights(bound):
+        saved, _ = trained(tmp_path, "ProbeSign-v0", total_timesteps=1000, max_grad_norm=bound)
+        return saved["q_net"]["net.0.weight"]
+
+    free = weights(float("inf"))
+    assert torch.equal(weights(1e30), free) and not torch.equal(weights(1e-6), free)
 
 
 def test_target_network_lags_and_can_be_taken_away(tmp_path):
