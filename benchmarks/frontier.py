@@ -2,13 +2,13 @@
 
     python benchmarks/frontier.py                     runs what is not there yet, draws, writes the table
     python benchmarks/frontier.py --draw-only
-    python benchmarks/frontier.py --only dpo --seeds 1
+    python benchmarks/frontier.py --only dpo --seeds 104 105
 
-For each seed `rlhf/dpo.py --total-episodes 0` makes the SFT model, the reward model and the pairs; every method
-starts from these, so its seconds are those of its own training, periodic evaluations included. Final points are
-measured on 384 held-out prompts, points along the way on 128. Best-of-n draws 64 texts to each of the 384 prompts
-from the SFT model and takes the one that the reward model scores highest of every n; its KL is the exact bound
-log n - (n - 1) / n. Results: results/frontier.csv, one row a point.
+For each seed one run of `rlhf/dpo.py` makes the SFT model, the reward model and the pairs, and is itself DPO's
+middle point; every other run starts from these. Seconds are those of the method's own training, its periodic
+evaluations included. Final points are measured on 384 held-out prompts, points along the way on 128. Best-of-n
+draws 64 texts to each of 192 held-out prompts from the SFT model and takes the one that the reward model scores
+highest of every n; its KL is at most log n - (n - 1) / n. Results: results/frontier.csv, one row a point.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +38,14 @@ from run import HOME, PAGE, ROOT, number, replace_between, write_whole
 
 RESULTS, FIGURE = HOME / "results" / "frontier.csv", HOME / "figures" / "frontier.png"
 SEEDS = (101, 102, 103)
-PROMPTS, DRAWS = 384, 64
+PROMPTS, DRAWS = 192, 64
 # method, setting, script, flags; the same method's settings are joined by a line in the figure
 RUNS = [
     *(("PPO", f"β {x:g}", "rlhf_ppo", f"--kl-coef {x:g}") for x in (0.02, 0.05, 0.15)),
-    *(("DPO", f"β {x:g}", "dpo", f"--beta {x:g}") for x in (0.03, 0.1, 0.3)),
+    ("DPO", "β 0.1", "dpo", ""),
+    *(("DPO", f"β {x:g}", "dpo", f"--beta {x:g}") for x in (0.03, 0.3)),
     ("IPO", "β 0.1", "dpo", "--loss ipo --beta 0.1"),
-    ("KTO", "β 0.1", "dpo", "--loss kto --total-episodes 8192 --batch-size 64"),
+    ("KTO", "β 0.1", "dpo", "--loss kto --total-episodes 4096 --batch-size 64"),
     ("ORPO", "β 0.5", "dpo", "--loss orpo --beta 0.5"),
     ("SimPO", "β 2, γ 0.5", "dpo", "--loss simpo"),
     ("SFT on the chosen", "ORPO, β 1e-9", "dpo", "--loss orpo --beta 1e-9"),
@@ -93,23 +95,31 @@ def run(script: str, flags: str, folder: Path) -> Path:
 
 
 def base_of(seed: int, work: Path) -> Path:
-    """The folder with the seed's SFT model, reward model and pairs, made where there is none."""
+    """The run folder with the seed's SFT model, reward model and pairs, made where there is none."""
     base = work / f"base{seed}"
     if not base.exists():
-        shutil.rmtree(work / "making", ignore_errors=True)
-        run("dpo", f"--seed {seed} --total-episodes 0", work / "making")
-        next((work / "making").iterdir()).rename(base)
+        making = work / f"making{seed}"
+        shutil.rmtree(making, ignore_errors=True)
+        run("dpo", f"--seed {seed}", making)
+        next(making.iterdir()).rename(base)
     return base
+
+
+def measured(row: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    return {key: float(row[prefix + key]) for key in MEASURED}
 
 
 def points_of(folder: Path) -> list[dict[str, Any]]:
     """The evaluations along a run and, under "end", the one after it."""
     summary = json.loads((folder / "summary.json").read_text())
     with (folder / "metrics.csv").open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["eval/kl"]]
-    points = [{"point": row["step"], "seconds": float(row["seconds"])} | {k: float(row[f"eval/{k}"]) for k in MEASURED}
-              for row in rows]  # fmt: skip
-    return [*points, {"point": "end", "seconds": summary["train_seconds"]} | {k: summary["after"][k] for k in MEASURED}]
+        rows = [row for row in csv.DictReader(file) if row.get("objective/kl") or row.get("rewards/margins")]
+    steps, seconds = (np.array([float(row[key]) for row in rows]) for key in ("step", "seconds"))
+    unit = steps[1] - steps[0]  # what came before the first report is known in steps, not in seconds
+    own = (seconds - seconds[0]) * (steps[-1] - steps[0] + unit) / (steps[-1] - steps[0])
+    points = [{"point": str(int(step - steps[0] + unit)), "seconds": second} | measured(row, "eval/")
+              for row, step, second in zip(rows, steps, own, strict=True) if row["eval/kl"]]  # fmt: skip
+    return [*points, {"point": "end", "seconds": own[-1]} | measured(summary["after"])]
 
 
 @torch.no_grad()
@@ -150,9 +160,9 @@ def best_of_n(seed: int, base: Path) -> list[dict[str, Any]]:
     return points
 
 
-def measure(seeds: int, only: str, work: Path) -> None:
+def measure(seeds: Sequence[int], only: str, work: Path) -> None:
     torch.set_num_threads(1)
-    for seed in SEEDS[:seeds]:
+    for seed in seeds:
         done = {(row["method"], row["setting"]) for row in read() if row["seed"] == seed}
         jobs = [("best-of-n", "", "", ""), *RUNS]
         for method, setting, script, flags in jobs:
@@ -161,6 +171,8 @@ def measure(seeds: int, only: str, work: Path) -> None:
             base = base_of(seed, work)
             if method == "best-of-n":
                 points = best_of_n(seed, base)
+            elif (script, flags) == ("dpo", ""):
+                points = points_of(base)
             else:
                 start = f"--seed {seed} --model {base}/sft --sft-epochs 0 --reward-model {base}/reward_model"
                 pairs = f" --pairs {base}/pairs" if script == "dpo" else ""
@@ -230,10 +242,7 @@ def draw(rows: list[dict[str, Any]]) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncol=8, frameon=False)
-    seeds = len({row["seed"] for row in rows})
-    figure.suptitle(
-        f"What a nat of KL buys: mean of {seeds} seeds (small dots), thin lines along training", fontsize=12
-    )
+    figure.suptitle("What a nat of KL buys: means of seeds (small dots), thin lines along training", fontsize=12)
     FIGURE.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(FIGURE, dpi=110)
     plt.close(figure)
@@ -286,7 +295,7 @@ distance from where they started, and how does that compare with simply taking t
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=len(SEEDS), help=f"how many of {SEEDS}")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--only", default="", help="only methods whose name and setting contain this")
     parser.add_argument(
         "--work", type=Path, default=ROOT / "runs" / "frontier", help="folder of the models of each seed"

@@ -7,37 +7,37 @@
 # ///
 """DPO and its family: learning from preferences without reinforcement learning.
 
-PPO asks a reward model about every text it writes. But the best policy for a reward is known in closed
-form, pi* ~ pi_ref * exp(r / beta), and read backwards it says which reward a policy stands for:
-r(x, y) = beta * log pi(y|x) / pi_ref(y|x), up to a constant per prompt. Put that into the likelihood of
-the preferences, and the reward model is gone: a language model trained by classification on pairs is one.
+PPO asks a reward model about every text it writes. But the best policy for a reward is known in closed form,
+pi* ~ pi_ref * exp(r / beta). Read backwards, it says which reward a policy stands for: beta * log pi / pi_ref,
+up to a constant per prompt. Put that into the likelihood of people's preferences and no reward model is left:
+the policy learns by classifying pairs, chosen text c against rejected text r, and never writes while it learns.
 
-    loss = -log sigmoid( beta * (log pi(c|x) / pi_ref(c|x)  -  log pi(r|x) / pi_ref(r|x)) )   for chosen c, rejected r
+    loss = -log sigmoid( beta * [ log pi(c|x) / pi_ref(c|x)  -  log pi(r|x) / pi_ref(r|x) ] )
+
+--loss   what it assumes                                         reference   over tokens   --beta
+dpo      P(a preferred to b) = sigmoid(r_a - r_b)                yes         sum           price of a nat of KL
+cdpo     the same, but a share of the labels is wrong            yes         sum           price of a nat of KL
+ipo      nothing: the gap shall be 1 / (2 beta), not infinite    yes         sum (*)       price of a nat of KL
+hinge    a pair with a gap of 1 / beta has nothing to teach      yes         sum           1 / gap
+kto      texts are good or bad on their own; pairs not needed    yes         sum           price of a nat of KL
+orpo     imitate the chosen text, at better odds than rejected   no          mean          weight beside imitation
+simpo    the mean log-probability itself is the reward           no          mean          scale of the reward
+                                                                 (*) mean, as in TRL, with --ipo-average
 
 SFT, reward model, sampling, judges and evaluation are those of rlhf_ppo.py, word for word, so that the two can
-be compared. What differs is section 4's losses, and that the policy never writes while it learns.
-
-    --loss   assumes                                              reference  over tokens  --beta means
-    dpo      a preferred to b with probability sigmoid(r_a - r_b)  yes        sum          price of KL
-    cdpo     the same, and a share of the labels is flipped        yes        sum          price of KL
-    ipo      nothing of r: a fixed gap 1 / (2 beta) is enough      yes        sum, mean¹   price of KL
-    hinge    pairs need a margin, beyond it they teach nothing     yes        sum          1 / margin
-    kto      single texts are good or bad; losses loom larger      yes        sum          price of KL
-    orpo     the better text should have the better odds           no         mean         weight beside SFT
-    simpo    the mean log-probability is the reward                no         mean         its scale
-    ¹ with --ipo-average, as in TRL
+be compared: benchmarks.md does.
 
 Papers   Rafailov et al. 2023, Direct Preference Optimization, arXiv 2305.18290
-         Mitchell 2023, A Note on DPO with Noisy Preferences (cdpo, its Eq. 3; the gradient is in arXiv 2403.00409)
+         Mitchell 2023, A Note on DPO with Noisy Preferences (cdpo), ericmitchell.ai/cdpo.pdf
          Azar et al. 2023, A General Theoretical Paradigm to Understand Learning from Preferences, arXiv 2310.12036
-         Zhao et al. 2023, SLiC-HF, arXiv 2305.10425; Liu et al. 2023, RSO, arXiv 2309.06657 (hinge)
+         Zhao et al. 2023, SLiC-HF, arXiv 2305.10425, and Liu et al. 2023, RSO, arXiv 2309.06657 (hinge)
          Ethayarajh et al. 2024, KTO: Model Alignment as Prospect Theoretic Optimization, arXiv 2402.01306
          Hong et al. 2024, ORPO: Monolithic Preference Optimization without Reference Model, arXiv 2403.07691
          Meng et al. 2024, SimPO: Simple Preference Optimization with a Reference-Free Reward, arXiv 2405.14734
 
 Run      python rlhf/dpo.py
-         python rlhf/dpo.py --loss kto --pairs human                           (people's ratings, no pairs at all)
          python rlhf/dpo.py --loss ipo --pairs runs/<folder>/pairs             (another loss, the same pairs)
+         python rlhf/dpo.py --loss kto --pairs human                           (people's ratings, and no pairs)
          python rlhf/dpo.py --model Qwen/Qwen2.5-0.5B-Instruct --pairs trl-lib/ultrafeedback_binarized \\
              --sft-epochs 0 --max-length 512 --learning-rate 1e-6 --bf16
          accelerate launch --num-processes 2 rlhf/dpo.py
@@ -45,13 +45,22 @@ Run      python rlhf/dpo.py
 
 Expect   not measured yet.
 
-Folder   besides the usual: sft/, reward_model/ and policy/, which from_pretrained loads, pairs/ (--pairs sampled
-         and human), and samples.md. summary.json has what rlhf_ppo.py's has. Steps are texts: those of SFT, then
-         those of rated pairs, then pairs (KTO: texts).
+Folder   besides the usual: sft/, reward_model/ and policy/, which from_pretrained loads, pairs/ (what --pairs
+         sampled made; --pairs reads it) and samples.md. summary.json has what rlhf_ppo.py's has. Steps are texts:
+         those of SFT, then those of rated pairs, then pairs (KTO: texts).
 
 Deviations from the papers
- 1. Everything before the pairs is as in rlhf_ppo.py; see the deviations there.
- 2. A sampled pair is the best and the worst of --num-samples texts by the reward model's score.
+ 1. A sampled pair is the best and the worst of --num-samples texts by the reward model's score, not two texts
+    and a drawn preference: the same labelling teaches more, and beta is no longer exactly the price of KL.
+ 2. A pair of which one text is empty, too long for --max-length or not made of the tokenizer's words, or whose
+    texts are the same, is left out and counted; none is cut.
+ 3. The response starts where the tokens of prompt, chosen and rejected text first part: a tokenizer may merge
+    the prompt's end with the response's beginning.
+ 4. KTO's reference point is the KL on each prompt with the next text's response, fixed once, so that the
+    reference's log-probabilities are computed once for it as well.
+ 5. KTO's weights default to giving both labels equal say (the paper: a ratio between 1 and 4/3 in favour of
+    one). ORPO's imitation term covers the response only, as in the paper; TRL's covers the prompt too.
+ 6. No dropout, in any stage. What comes before the pairs deviates as in rlhf_ppo.py.
 """
 
 from __future__ import annotations
@@ -106,7 +115,7 @@ class Args:
     """rated texts: a hub name or a folder"""
     seed: int = 1
     """seed of every random number: batches, prompts, sampled tokens; >= 0"""
-    total_episodes: int = 4_096
+    total_episodes: int = 2_048
     """pairs (KTO: texts) the policy learns from, over all passes; 0 stops before it learns"""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """where everything runs; auto is the GPU where there is one"""
@@ -180,7 +189,7 @@ class Args:
     """split of a dataset of pairs"""
     num_pairs: int = 2_048
     """pairs made by --pairs sampled or human"""
-    num_samples: int = 4
+    num_samples: int = 8
     """texts sampled per prompt, of which the best and the worst make a pair; >= 2"""
     response_length: int = 24
     """tokens a sampled response may have"""
@@ -207,11 +216,11 @@ class Args:
     """weight of -log pi a token of the chosen texts, added to the loss (orpo has it anyway, at 1); >= 0"""
     batch_size: int = 32
     """pairs (KTO: texts) per step, over all processes"""
-    learning_rate: float = 1e-4
+    learning_rate: float = 2e-4
     """Adam's step size at the start; 1e-6 suits pretrained models of 100M parameters and more"""
     anneal_lr: bool = True
     """lower the learning rate linearly to zero over total-episodes"""
-    eval_every: int = 16
+    eval_every: int = 8
     """steps between evaluations on 128 of the held-out prompts"""
 
 

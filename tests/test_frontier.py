@@ -1,5 +1,6 @@
 """The study of preferences goes on where it stopped, draws what is there, and its flags are those of the scripts."""
 
+import json
 import math
 import sys
 
@@ -36,12 +37,12 @@ def home(tmp_path, monkeypatch):
 
 def test_study_goes_on_where_it_stopped_and_draws(home):
     folder, commands = home
-    frontier.measure(1, "dpo", folder)
-    assert len(commands) == 3
-    frontier.measure(2, "", folder)
-    assert len(commands) == 2 * len(frontier.RUNS)
-    frontier.measure(2, "", folder)
-    assert len(commands) == 2 * len(frontier.RUNS)
+    frontier.measure([101], "dpo", folder)
+    assert len(commands) == 2  # DPO's default is the base itself
+    frontier.measure([101, 102], "", folder)
+    assert len(commands) == 2 * (len(frontier.RUNS) - 1)
+    frontier.measure([101, 102], "", folder)
+    assert len(commands) == 2 * (len(frontier.RUNS) - 1)
     rows = frontier.read()
     assert {row["seed"] for row in rows} == {101, 102}
     frontier.publish()
@@ -57,6 +58,18 @@ def test_study_goes_on_where_it_stopped_and_draws(home):
     for color in frontier.METHODS.values():
         wanted = np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)]) / 255
         assert (np.abs(image - wanted).max(-1) < 0.02).any(), color
+
+
+def test_points_of_a_run_leave_out_what_came_before(tmp_path):
+    keys = [f"eval/{name}" for name in frontier.MEASURED]
+    rows = [["step", "seconds", "rewards/margins", *keys], [100, 5.0, "", *[""] * 7], [110, 9.0, "0.1", *[""] * 7],
+            [120, 10.0, "0.2", *["0.5"] * 7], [140, 12.0, "0.3", *["0.7"] * 7]]  # fmt: skip
+    (tmp_path / "metrics.csv").write_text("".join(",".join(map(str, row)) + "\n" for row in rows))
+    (tmp_path / "summary.json").write_text(json.dumps({"after": dict.fromkeys(frontier.MEASURED, 0.6)}))
+    found = frontier.points_of(tmp_path)
+    assert [point["point"] for point in found] == ["20", "40", "end"]  # 10 steps before the first report
+    assert [point["judge"] for point in found] == [0.5, 0.7, 0.6]
+    assert [point["seconds"] for point in found][1:] == pytest.approx([4.0, 4.0])  # 40 steps at 10 a second
 
 
 def test_flags_are_known_to_the_scripts(tmp_path):

@@ -43,12 +43,12 @@ def test_documented_command_runs(command, trained, tmp_path, monkeypatch):
     """Each runs, on a tiny budget. Names of models and data sets on a hub are only parsed."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    script, *flags = shlex.split(command.replace("<", "{").replace(">", "}"))
+    script, *flags = shlex.split(command.replace("<", "{").replace(">", "}").replace("$seed", "2"))
     # A player that has learnt nothing never serves in Breakout, and the game lasts for half an hour.
     flags = [flag.replace("ALE/Breakout-v5", "ALE/Pong-v5") for flag in flags]
-    if "runs/{folder}" in flags:
+    if "runs/<folder>" in command:
         shutil.copytree(trained(script), tmp_path / "run")
-        flags[flags.index("runs/{folder}")] = str(tmp_path / "run")
+        flags = [flag.replace("runs/{folder}", str(tmp_path / "run")) for flag in flags]
     (tmp_path / "my_reward.py").write_text("def score(texts):\n    return [float(len(text)) for text in texts]\n")
     flags = [flag.replace("my_reward.py", str(tmp_path / "my_reward.py")) for flag in flags]
     module = load_script(script)
