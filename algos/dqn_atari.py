@@ -42,10 +42,13 @@ Deviations from the papers
     game itself goes on: returns are always those of whole games.
  3. Several games are played in parallel, and several gradient steps follow each other.
  4. Adam in place of RMSProp, the learning rate annealed to zero, the gradient's norm clipped.
- 5. Only termination ends the return. An episode cut by a time limit, or whose n-step return would
+ 5. The initial weights are those of He et al. (arXiv 1502.01852), and each stack's mean brightness is
+    subtracted. With torch's own, smaller weights and Pong's grey background, all 32 channels of the
+    first layer fell silent within 270,000 steps and every state was worth the same.
+ 6. Only termination ends the return. An episode cut by a time limit, or whose n-step return would
     reach beyond the newest step, is bootstrapped from the true observation there.
- 6. n-step returns are not corrected for the exploring actions in them (nor are Rainbow's).
- 7. Evaluation is greedy; Mnih's has 5 % random actions. Where a greedy player may wait forever, as in
+ 7. n-step returns are not corrected for the exploring actions in them (nor are Rainbow's).
+ 8. Evaluation is greedy; Mnih's has 5 % random actions. Where a greedy player may wait forever, as in
     Breakout for the first serve, the game's own limit of 108,000 frames ends the episode.
 """
 
