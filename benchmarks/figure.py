@@ -110,6 +110,9 @@ def draw_panel(axis: Any, group: Group, panel: Panel, found: dict[Variant, list[
             axis.yaxis.set_major_formatter(mpl.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
             axis.yaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 5)))
         return bool(points)
+    if panel.linear_to is not None:
+        axis.axhline(0, color="#444444", linewidth=0.8)
+        axis.set_yscale("symlog", linthresh=panel.linear_to)
     drawn = False
     for variant in group.variants:
         grid, curves = seed_curves(found[variant], panel.key, panel.x)
