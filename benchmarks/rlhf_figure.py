@@ -19,7 +19,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-PICTURE = Path(__file__).resolve().parent / "figures" / "rlhf.png"
+PICTURE = Path(__file__).resolve().parent / "figures" / "rlhf_samples.png"
 BEFORE, AFTER = "#6c757d", "#2a6f97"
 PANELS = {"eval/judge": "second judge: P(positive)", "eval/kl": "KL from the SFT model, nats a text",
           "eval/distinct_2": "distinct-2 (variety)", "eval/length": "length, tokens"}  # fmt: skip
@@ -55,7 +55,7 @@ def draw(folder: Path, picture: Path = PICTURE, count: int = 6) -> None:
     y = 1.0
     for prompt, before, after in samples(folder)[:count]:
         for name, text, color in (("before", before, BEFORE), ("after", after, AFTER)):
-            lines = textwrap.wrap(f"{prompt} {text}", 68)[:3]
+            lines = textwrap.wrap(f"{prompt} {text}".replace(" ,", ","), 68)[:3]
             axis.text(0, y, name, color=color, fontsize=9, va="top", weight="bold")
             axis.text(0.1, y, "\n".join(lines), color=color, fontsize=11, va="top")
             y -= 0.049 * len(lines) + 0.012
