@@ -175,7 +175,7 @@ def test_foresight_equals_brute_force():
         for n in np.flatnonzero(~resets):
             episodes[n].append((q[n], rewards[n]))
         resets = ~resets & (rng.random(N) < 0.1)
-        foresight.end(np.flatnonzero(resets), rest[resets])
+        foresight.end(np.flatnonzero(resets), np.array([len(e) for e in episodes])[resets], rest[resets])
         for n in np.flatnonzero(resets):
             value = rest[n]
             finished.append([])
