@@ -81,8 +81,9 @@ class Alternate(PPOTrainer):
     def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         if "objective/kl" in logs:
             self.seconds.append(time.perf_counter() - self.began)
-            for ours in self.others:
-                ours.iterate()
+            with torch.enable_grad():  # TRL reports inside no_grad
+                for ours in self.others:
+                    ours.iterate()
             self.began = time.perf_counter()
 
 
