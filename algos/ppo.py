@@ -35,7 +35,7 @@ Expect   Greedy return over 100 episodes at the end of training, seeds 101-110, 
          LunarLanderContinuous-v3     600k   255.5    236.1   200 by 9 of 10 in training, all greedily
          Acrobot-v1                   150k   -84.5    -89.6   -100 by 10 of 10
          Pendulum-v1                  300k  -162.6   -214.1   (has none)
-         MountainCar-v0               500k   not measured on fresh seeds yet
+         MountainCar-v0               500k  -108.2   -119.6   -110 by 9 of 10, 2 of them below it at the end
 
          The default run takes 7 s from Enter to the prompt, imports and evaluation included, and 370 MB.
          With CleanRL's settings (--num-envs 4 --num-steps 128 --num-minibatches 4 --update-epochs 4
