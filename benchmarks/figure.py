@@ -110,6 +110,8 @@ def draw_panel(axis: Any, group: Group, panel: Panel, found: dict[Variant, list[
             axis.yaxis.set_major_formatter(mpl.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
             axis.yaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 5)))
         return bool(points)
+    if panel.bottom is not None:
+        axis.set_ylim(bottom=panel.bottom)
     if panel.linear_to is not None:
         axis.axhline(0, color="#444444", linewidth=0.8)
         axis.set_yscale("symlog", linthresh=panel.linear_to)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,6 +53,8 @@ class Panel:
     """curves: the column on the horizontal axis; otherwise the axis's label ("row, column" for a heat map)"""
     linear_to: float | None = None
     """curves: the vertical axis is logarithmic beyond this value, on both sides of zero; None is linear everywhere"""
+    bottom: float | None = None
+    """curves: the vertical axis begins here; None shows everything"""
 
 
 @dataclass(frozen=True)
@@ -183,7 +185,7 @@ Q_LEARNING = Study(
         Group("CliffWalking, ε = 0.1",
               [Variant(name, Q, CLIFF, f"--algorithm {name.lower().replace(' ', '-')}")
                for name in ("Q-learning", "SARSA", "Expected SARSA", "Double Q-learning")],
-              [RETURN]),
+              [replace(RETURN, bottom=-200)]),
     ],
     columns=[("exact value of the greedy policy", "exact_return")],
 )  # fmt: skip
