@@ -157,11 +157,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         reward_scale=0.1,
     ),
     "LunarLander-v3": dict(
-        total_timesteps=1_500_000, num_envs=16, num_steps=64, learning_rate=3e-3, gamma=0.999, gae_lambda=0.98,
-        ent_coef=0.001, critic_epochs=6, reward_scale=0.05,
+        total_timesteps=1_000_000, num_envs=16, num_steps=64, learning_rate=3e-3, gamma=0.999, gae_lambda=0.98,
+        critic_epochs=6, reward_scale=0.05,
     ),
     "Acrobot-v1": dict(
-        total_timesteps=500_000, num_envs=16, num_steps=64, learning_rate=3e-3, critic_epochs=4, reward_scale=0.1,
+        total_timesteps=300_000, num_envs=16, num_steps=64, learning_rate=3e-3, critic_epochs=4, reward_scale=0.1,
     ),
     "Pendulum-v1": dict(
         total_timesteps=1_000_000, num_envs=16, num_steps=64, learning_rate=3e-3, gamma=0.95, critic_epochs=6,

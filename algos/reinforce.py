@@ -7,9 +7,9 @@
 # ///
 """REINFORCE: the policy-gradient theorem, with and without a baseline.
 
-The policy-gradient theorem as code. Play whole episodes; weigh the log-probability of each action by
-the return that followed it; step uphill. What made the return high or low besides the action is noise,
-and subtracting a baseline that does not depend on the action removes some of it without moving the mean.
+Play whole episodes; weigh the log-probability of each action by the return that followed it; step
+uphill. What made the return high or low besides the action is noise, and subtracting a baseline that
+does not depend on the action removes some of it without moving the mean.
 
     G_t    = r_t + gamma * r_t+1 + gamma^2 * r_t+2 + ...
     ascend   mean over episodes of  sum_t  grad log pi(a_t | s_t) * (G_t - b_t)
@@ -148,7 +148,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         ent_coef=0.001, reward_scale=0.05,
     ),
     "Acrobot-v1": dict(
-        total_timesteps=300_000, num_envs=8, baseline="value", learning_rate=4e-3, critic_epochs=10, reward_scale=0.1,
+        total_timesteps=300_000, num_envs=16, learning_rate=1e-2, reward_scale=0.1,
     ),
 }  # fmt: skip
 

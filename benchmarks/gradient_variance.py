@@ -138,20 +138,22 @@ def draw(rows: list[dict[str, str]]) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    shown = ("variance", "snr", "cosine_of_means")
+    shown = {"variance": (1e-6, 10), "snr": (1e-3, 1e3), "cosine_of_means": (-1.05, 1.05)}
     figure, axes = plt.subplots(3, 3, figsize=(12, 9.4), sharey=True, sharex="col", layout="constrained")
     for line, stage in zip(axes, STAGES, strict=True):
         here = [row for row in rows if row["stage"] == stage]
         reached = np.median([float(row["policy_return"]) for row in here])
         line[0].set_ylabel(f"{stage}: return {reached:.0f}", fontsize=10.5, fontweight="bold", labelpad=9)
-        for axis, key in zip(line, shown, strict=True):
+        for axis, (key, limits) in zip(line, shown.items(), strict=True):
             for place, name in enumerate(ESTIMATORS):
                 values = np.array([float(row[key]) for row in here if row["estimator"] == name])
+                values = values.clip(*limits)  # what lies outside stands at the edge
                 color = "#d1495b" if name.startswith("R") else "#2a6f97"
-                axis.plot(values, np.full(len(values), place), "o", color=color, alpha=0.3, markersize=4, mew=0)
-                axis.plot(np.median(values), place, "o", color=color, markersize=8, mec="white", zorder=3)
+                style = dict(marker="o", linestyle="", color=color, clip_on=False)
+                axis.plot(values, np.full(len(values), place), **style, alpha=0.35, markersize=4.5, mew=0)
+                axis.plot(np.median(values), place, **style, markersize=8, mec="white", zorder=3)
             axis.set_yticks(range(len(ESTIMATORS)), list(ESTIMATORS))
-            axis.set_xscale("linear" if key == "cosine_of_means" else "log")
+            axis.set(xscale="linear" if key == "cosine_of_means" else "log", xlim=limits)
             axis.grid(alpha=0.25)
             axis.spines[["top", "right"]].set_visible(False)
             if stage == "early":
