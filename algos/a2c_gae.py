@@ -28,8 +28,18 @@ Run      python algos/a2c_gae.py
          python algos/a2c_gae.py --gae-lambda 0 --variance-every 20       (how noisy is the gradient?)
          python algos/a2c_gae.py --eval runs/<folder> --capture-video
 
-Expect   not measured yet on fresh seeds. The presets of CartPole (seeds 1 to 3) and LunarLander (1, 2)
-         are tuned, those of Acrobot and Pendulum first guesses.
+Expect   Greedy return over 100 episodes at the end of training, seeds 101-110, which nothing was tuned on:
+         python benchmarks/run.py scores --only a2c --workers 1, one core of an AMD EPYC, torch 2.13.
+
+                                     steps    mean    worst   threshold reached, seconds to it
+         CartPole-v1                  302k   499.6    495.6   475 by 10 of 10, median 1.0, slowest 2.3
+         LunarLander-v3                 1M   not measured on fresh seeds yet
+         Acrobot-v1                   300k   not measured on fresh seeds yet
+         Pendulum-v1                    1M   not measured on fresh seeds yet
+
+         LunarLander has no entropy bonus: rewarded for wavering, a landed craft goes on firing its side
+         engines (they cost next to nothing) and never comes to rest, which is what earns the last 100.
+         GPU: not measured yet.
 
 Deviations from the paper
  1. Synchronous: one network learns from all environments together. Asynchronous workers, whose
