@@ -4,6 +4,7 @@ import csv
 import json
 
 import pytest
+import torch
 
 
 def settings(script, folder, env, **changes):
@@ -46,6 +47,23 @@ def check_measuring_leaves_the_training_as_it_was(script, args, every):
         assert row["losses/grad_variance"] == row["losses/grad_snr"] == row["losses/grad_cosine"] == ""
         for key in ("step", "charts/episodic_return", "losses/policy_loss", "losses/entropy"):
             assert row[key] == other[key]
+
+
+def check_normalized(script):
+    """--norm-adv changes nothing where it is off, and gives mean 0 and standard deviation 1 where it is on."""
+    advantages = torch.tensor([1.0, 2.0, 6.0])
+    assert script.normalized(script.Args(norm_adv=False), advantages).tolist() == [1.0, 2.0, 6.0]
+    normalized = script.normalized(script.Args(norm_adv=True), advantages)
+    assert normalized.mean().item() == pytest.approx(0, abs=1e-6) and normalized.std().item() == pytest.approx(1)
+
+
+def check_entropy_bonus_holds_the_policy_back(script, folder, **changes):
+    """Action 1 pays: without a bonus the policy commits itself, with a large one it stays near log 2 nats."""
+    entropies = []
+    for ent_coef in (0.0, 10.0):
+        args = settings(script, folder, "ProbeActionDependent-v0", ent_coef=ent_coef, **changes)
+        entropies.append(float(metrics(script.train(args))[-1]["losses/entropy"]))
+    assert entropies[0] < 0.3 and entropies[1] > 0.65
 
 
 def check_one_line_of_error(script, args, message, capsys, folder):

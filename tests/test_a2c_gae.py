@@ -90,6 +90,17 @@ def test_lambda_trades_bias_for_variance(tmp_path):
     assert with_one.var(0).sum() > 1.3 * with_zero.var(0).sum()
 
 
+def test_rewards_and_advantages_are_scaled_as_asked(tmp_path):
+    agent = a2c.Agent(2, gym.spaces.Discrete(2), 8)
+    agent.value = lambda obs: torch.zeros(len(obs))
+    played = two_state.play(a2c, agent, 4)
+    whole, half = (
+        a2c.judge(settings(tmp_path, "CartPole-v1", reward_scale=x), agent, played, CPU)[1] for x in (1, 0.5)
+    )
+    np.testing.assert_allclose(half, whole / 2, atol=1e-6)
+    small_runs.check_normalized(a2c)
+
+
 def test_the_noise_of_known_gradients():
     weight = torch.zeros(4, requires_grad=True)
     rows = np.array([[1.0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0]])
@@ -159,6 +170,8 @@ def test_rows_that_only_reset_are_not_learnt_from(tmp_path):
     assert played.valid[:, 0].tolist() == [True, True, True, False] * 2
     agent, _ = trained(tmp_path, "ProbeMarked-v0", gamma=0.5, critic_epochs=4, total_timesteps=20_000)
     np.testing.assert_allclose(values_at(agent, 0, 1, 2), [1.75, 1.5, 1.0], atol=0.1)
+    args = settings(tmp_path, "ProbeMarked-v0", num_steps=7, total_timesteps=2_000)  # resets fall on first rows too
+    assert {row["charts/episodic_length"] for row in small_runs.metrics(a2c.train(args))} == {"3.0"}
 
 
 # Learning -------------------------------------------------------------------------------------
@@ -181,6 +194,10 @@ def test_the_policy_finds_the_best_action(tmp_path, env, optimizer):
     assert summary["eval_return_mean"] > {"ProbeActionDependent-v0": 0.99, "ProbeContinuous-v0": -0.05}[env]
 
 
+def test_an_entropy_bonus_holds_the_policy_back(tmp_path):
+    small_runs.check_entropy_bonus_holds_the_policy_back(a2c, tmp_path, num_steps=8, total_timesteps=10_000)
+
+
 def test_cartpole_is_solved(tmp_path):
     summary = small_runs.preset_summary(a2c, tmp_path, "--seed", "5")
     assert summary["solved_step"] is not None and summary["eval_return_mean"] >= 475
@@ -201,10 +218,13 @@ def test_only_the_critic_goes_on_learning_in_further_epochs(tmp_path, monkeypatc
 
     def step(self, *args):
         steps.append((agents[0].actor[-1].weight.grad is not None, agents[0].critic[-1].weight.grad is not None))
+        norm = torch.cat([p.grad.flatten() for p in agents[0].parameters() if p.grad is not None]).norm()
+        assert norm < 0.1001
         return adam_step(self, *args)
 
     monkeypatch.setattr(torch.optim.Adam, "step", step)
-    a2c.train(settings(tmp_path, "CartPole-v1", critic_epochs=3, total_timesteps=100, shared_network=shared_network))
+    a2c.train(settings(tmp_path, "CartPole-v1", critic_epochs=3, total_timesteps=100, shared_network=shared_network,
+                       max_grad_norm=0.1))  # fmt: skip
     assert steps == [(True, True), (False, True), (False, True)] * (len(steps) // 3) and len(steps) >= 6
 
 

@@ -60,6 +60,14 @@ def test_each_baseline_is_what_its_name_says(tmp_path):
         np.testing.assert_allclose(found, baseline, atol=1e-6)
 
 
+def test_rewards_and_advantages_are_scaled_as_asked(tmp_path):
+    args = settings(tmp_path, "CartPole-v1", baseline="none", gamma=1.0, reward_scale=0.5)
+    agent = reinforce.Agent(2, gym.spaces.Discrete(2), 8)
+    returns, _ = reinforce.judge(args, agent, rollout([[1, 2], [3, np.nan]]), CPU)
+    assert returns.tolist() == [[2, 1], [1.5, 0]]
+    small_runs.check_normalized(reinforce)
+
+
 @pytest.mark.parametrize("baseline", ["none", "mean", "time", "value"])
 def test_only_the_value_baseline_bootstraps_a_truncated_episode(tmp_path, baseline):
     played = rollout([[1, 2], [3, np.nan]], truncated=[[False, False], [True, False]])
@@ -207,6 +215,34 @@ def test_every_baseline_finds_the_best_action(tmp_path, env, baseline):
     _, summary = trained(tmp_path, env, baseline=baseline, num_envs=16, total_timesteps=8_000, eval_episodes=20,
                          max_grad_norm=0.5)  # fmt: skip
     assert summary["eval_return_mean"] > {"ProbeActionDependent-v0": 0.99, "ProbeContinuous-v0": -0.05}[env]
+
+
+def test_an_entropy_bonus_holds_the_policy_back(tmp_path):
+    small_runs.check_entropy_bonus_holds_the_policy_back(reinforce, tmp_path)
+
+
+def test_each_update_plays_on_and_steps_the_actor_once(tmp_path, monkeypatch):
+    """Only the first reset is seeded; then one gradient step of the actor, and critic-epochs of the critic alone."""
+    seeds, agents, steps, play, adam_step = [], [], [], reinforce.play, torch.optim.Adam.step
+
+    def noting_play(agent, envs, seed, rng):
+        seeds.append(seed)
+        agents[:] = [agent]
+        return play(agent, envs, seed, rng)
+
+    def noting_step(self, *args):
+        nets = (agents[0].actor, agents[0].critic)
+        steps.append(tuple(net[-1].weight.grad is not None for net in nets))
+        norm = torch.cat([p.grad.flatten() for p in agents[0].parameters() if p.grad is not None]).norm()
+        assert norm < 0.1001
+        return adam_step(self, *args)
+
+    monkeypatch.setattr(reinforce, "play", noting_play)
+    monkeypatch.setattr(torch.optim.Adam, "step", noting_step)
+    args = settings(tmp_path, "CartPole-v1", baseline="value", critic_epochs=2, total_timesteps=600, max_grad_norm=0.1)
+    reinforce.train(args)
+    assert seeds == [args.seed * 10_000] + [None] * (len(seeds) - 1) and len(seeds) >= 2
+    assert steps == [(True, False), (False, True), (False, True)] * len(seeds)
 
 
 def test_cartpole_is_solved(tmp_path):
