@@ -5,7 +5,8 @@
     python benchmarks/frontier.py --only dpo --seeds 104 105
 
 For each seed one run of `rlhf/dpo.py` makes the SFT model, the reward model and the pairs, and is itself DPO's
-middle point; every other run starts from these. Seconds are those of the method's own training, its periodic
+middle point; every other run starts from these, but for PPO's default: `python benchmarks/run.py rlhf` has run it,
+and its first two stages are the same computation. Seconds are those of the method's own training, its periodic
 evaluations included. Final points are measured on 384 held-out prompts, points along the way on 128. Best-of-n
 draws 64 texts to each of 192 held-out prompts from the SFT model and takes the one that the reward model scores
 highest of every n; its KL is at most log n - (n - 1) / n. Results: results/frontier.csv, one row a point.
@@ -34,14 +35,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import torch
 from figure import COLORS
-from run import HOME, PAGE, ROOT, number, replace_between, write_whole
+from run import HOME, PAGE, ROOT, collect, number, replace_between, write_whole
+from studies import RLHF_STUDY
 
 RESULTS, FIGURE = HOME / "results" / "frontier.csv", HOME / "figures" / "frontier.png"
-SEEDS = (101, 102, 103)
+SEEDS = (103, 104, 105)
 PROMPTS, DRAWS = 192, 64
 # method, setting, script, flags; the same method's settings are joined by a line in the figure
 RUNS = [
-    *(("PPO", f"β {x:g}", "rlhf_ppo", f"--kl-coef {x:g}") for x in (0.02, 0.05, 0.15)),
+    ("PPO", "β 0.05", "rlhf_ppo", ""),
     ("DPO", "β 0.1", "dpo", ""),
     *(("DPO", f"β {x:g}", "dpo", f"--beta {x:g}") for x in (0.03, 0.3)),
     ("IPO", "β 0.1", "dpo", "--loss ipo --beta 0.1"),
@@ -49,6 +51,7 @@ RUNS = [
     ("ORPO", "β 0.5", "dpo", "--loss orpo --beta 0.5"),
     ("SimPO", "β 2, γ 0.5", "dpo", "--loss simpo"),
     ("SFT on the chosen", "ORPO, β 1e-9", "dpo", "--loss orpo --beta 1e-9"),
+    *(("PPO", f"β {x:g}", "rlhf_ppo", f"--kl-coef {x:g}") for x in (0.15, 0.02)),
 ]
 METHODS = {"best-of-n": "#1b1b1e"} | dict(zip(dict.fromkeys(run[0] for run in RUNS), COLORS, strict=False))
 MEASURED = ("kl", "judge", "score", "vader", "distinct_2", "length", "ref_perplexity")
@@ -109,17 +112,34 @@ def measured(row: dict[str, Any], prefix: str = "") -> dict[str, float]:
     return {key: float(row[prefix + key]) for key in MEASURED}
 
 
-def points_of(folder: Path) -> list[dict[str, Any]]:
-    """The evaluations along a run and, under "end", the one after it."""
-    summary = json.loads((folder / "summary.json").read_text())
-    with (folder / "metrics.csv").open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row.get("objective/kl") or row.get("rewards/margins")]
+def points_of(rows: list[dict[str, Any]], after: dict[str, float]) -> list[dict[str, Any]]:
+    """The evaluations along a run, from the rows of its metrics, and, under "end", the one after it."""
+    rows = [row for row in rows if row.get("objective/kl") or row.get("rewards/margins")]  # the method's own
     steps, seconds = (np.array([float(row[key]) for row in rows]) for key in ("step", "seconds"))
     unit = steps[1] - steps[0]  # what came before the first report is known in steps, not in seconds
     own = (seconds - seconds[0]) * (steps[-1] - steps[0] + unit) / (steps[-1] - steps[0])
     points = [{"point": str(int(step - steps[0] + unit)), "seconds": second} | measured(row, "eval/")
               for row, step, second in zip(rows, steps, own, strict=True) if row["eval/kl"]]  # fmt: skip
-    return [*points, {"point": "end", "seconds": own[-1]} | measured(summary["after"])]
+    return [*points, {"point": "end", "seconds": own[-1]} | measured(after)]
+
+
+def points_in(folder: Path) -> list[dict[str, Any]]:
+    with (folder / "metrics.csv").open(newline="") as file:
+        return points_of(list(csv.DictReader(file)), json.loads((folder / "summary.json").read_text())["after"])
+
+
+def points_of_study(seed: int) -> list[dict[str, Any]]:
+    """PPO's default run, from the results of the study rlhf; nothing where it has not run."""
+    default = next(variant for variant in RLHF_STUDY.variants if not variant.flags)
+    for record in collect(RLHF_STUDY)[default]:
+        if record["seed"] == seed and not record["error"]:
+            columns = record["metrics"]
+            rows = [
+                {key: "" if np.isnan(x[n]) else x[n] for key, x in columns.items()} for n in range(len(columns["step"]))
+            ]
+            return points_of(rows, record["summary"]["after"])
+    print(f"seed {seed} PPO: not there yet; python benchmarks/run.py rlhf --only default")
+    return []
 
 
 @torch.no_grad()
@@ -171,13 +191,15 @@ def measure(seeds: Sequence[int], only: str, work: Path) -> None:
             base = base_of(seed, work)
             if method == "best-of-n":
                 points = best_of_n(seed, base)
-            elif (script, flags) == ("dpo", ""):
-                points = points_of(base)
+            elif not flags:
+                points = points_in(base) if script == "dpo" else points_of_study(seed)
             else:
                 start = f"--seed {seed} --model {base}/sft --sft-epochs 0 --reward-model {base}/reward_model"
                 pairs = f" --pairs {base}/pairs" if script == "dpo" else ""
                 with tempfile.TemporaryDirectory(dir=work) as folder:
-                    points = points_of(run(script, f"{start}{pairs} {flags}", Path(folder)))
+                    points = points_in(run(script, f"{start}{pairs} {flags}", Path(folder)))
+            if not points:
+                continue
             append([{"seed": seed, "method": method, "setting": setting} | point for point in points])
             last = " ".join(f"{key} {points[-1][key]:.2f}" for key in ("judge", "score", "kl", "distinct_2"))
             print(f"seed {seed} {method} {setting}: {last}, {points[-1]['seconds']:.0f} s", flush=True)
@@ -252,7 +274,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     header = ["method", "setting", "seeds", "judge, mean [worst, best]", "reward model's score", "KL, nats a text",
               "distinct-2", "length", "reference perplexity", "seconds of training"]  # fmt: skip
     lines = ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header))]
-    shown = [("best-of-n", "", str(n)) for n in (1, 4, 16, 64)] + [(run[0], run[1], "end") for run in RUNS]
+    shown = [("best-of-n", "", str(n)) for n in (1, 4, 16, 64)]
+    shown += [(run[0], run[1], "end") for run in sorted(RUNS, key=lambda run: list(METHODS).index(run[0]))]
     for method, setting, point in shown:
         here = [row for row in rows if (row["method"], row["setting"], row["point"]) == (method, setting, point)]
         if not here:

@@ -18,7 +18,7 @@ TINY = {
     "algos/dynamic_programming.py": "--total-timesteps 50 --eval-episodes 2",
     "algos/dqn_atari.py": "--total-timesteps 400 --eval-episodes 1 --frame-skip 30 --num-envs 2 --buffer-size 2000"
     " --learning-starts 100 --train-frequency 32 --gradient-steps 1 --batch-size 8",
-    "rlhf/dpo.py": "--total-episodes 64 --eval-episodes 16 --eval-every 4 --batch-size 8 --response-length 6"
+    "rlhf/dpo.py": "--total-episodes 256 --eval-episodes 16 --eval-every 4 --batch-size 64 --response-length 6"
     " --num-pairs 64 --num-samples 2 --sft-epochs 0 --reward-epochs 1 --judge-split None",
     "rlhf/pretrain.py": "--total-episodes 1280 --eval-episodes 8 --report-every 320 --valid-every 640"
     " --hidden 32 --layers 1 --heads 2 --max-vocab 500",

@@ -28,7 +28,8 @@ def home(tmp_path, monkeypatch):
     commands = []
     monkeypatch.setattr(frontier, "run", lambda script, flags, folder: commands.append((script, flags)))
     monkeypatch.setattr(frontier, "base_of", lambda seed, work: work / f"base{seed}")
-    monkeypatch.setattr(frontier, "points_of", lambda folder: points(len(commands)))
+    monkeypatch.setattr(frontier, "points_in", lambda folder: points(len(commands)))
+    monkeypatch.setattr(frontier, "points_of_study", lambda seed: points(3))
     best = [{**points(1)[0], "point": str(2**k), "kl": k * math.log(2) - 1 + 0.5**k, "judge": 0.5 + 0.05 * k}
             for k in range(7)]  # fmt: skip
     monkeypatch.setattr(frontier, "best_of_n", lambda seed, base: best)
@@ -38,11 +39,11 @@ def home(tmp_path, monkeypatch):
 def test_study_goes_on_where_it_stopped_and_draws(home):
     folder, commands = home
     frontier.measure([101], "dpo", folder)
-    assert len(commands) == 2  # DPO's default is the base itself
+    assert len(commands) == 2  # DPO's default is the base itself, PPO's has been run
     frontier.measure([101, 102], "", folder)
-    assert len(commands) == 2 * (len(frontier.RUNS) - 1)
+    assert len(commands) == 2 * (len(frontier.RUNS) - 2)
     frontier.measure([101, 102], "", folder)
-    assert len(commands) == 2 * (len(frontier.RUNS) - 1)
+    assert len(commands) == 2 * (len(frontier.RUNS) - 2)
     rows = frontier.read()
     assert {row["seed"] for row in rows} == {101, 102}
     frontier.publish()
@@ -66,7 +67,7 @@ def test_points_of_a_run_leave_out_what_came_before(tmp_path):
             [120, 10.0, "0.2", *["0.5"] * 7], [140, 12.0, "0.3", *["0.7"] * 7]]  # fmt: skip
     (tmp_path / "metrics.csv").write_text("".join(",".join(map(str, row)) + "\n" for row in rows))
     (tmp_path / "summary.json").write_text(json.dumps({"after": dict.fromkeys(frontier.MEASURED, 0.6)}))
-    found = frontier.points_of(tmp_path)
+    found = frontier.points_in(tmp_path)
     assert [point["point"] for point in found] == ["20", "40", "end"]  # 10 steps before the first report
     assert [point["judge"] for point in found] == [0.5, 0.7, 0.6]
     assert [point["seconds"] for point in found][1:] == pytest.approx([4.0, 4.0])  # 40 steps at 10 a second
