@@ -112,20 +112,22 @@ def measured(row: dict[str, Any], prefix: str = "") -> dict[str, float]:
     return {key: float(row[prefix + key]) for key in MEASURED}
 
 
-def points_of(rows: list[dict[str, Any]], after: dict[str, float]) -> list[dict[str, Any]]:
-    """The evaluations along a run, from the rows of its metrics, and, under "end", the one after it."""
+def points_of(rows: list[dict[str, Any]], summary: dict[str, Any]) -> list[dict[str, Any]]:
+    """The evaluations before a run, under "0", along it, from the rows of its metrics, and after it, under "end"."""
     rows = [row for row in rows if row.get("objective/kl") or row.get("rewards/margins")]  # the method's own
     steps, seconds = (np.array([float(row[key]) for row in rows]) for key in ("step", "seconds"))
     unit = steps[1] - steps[0]  # what came before the first report is known in steps, not in seconds
     own = (seconds - seconds[0]) * (steps[-1] - steps[0] + unit) / (steps[-1] - steps[0])
     points = [{"point": str(int(step - steps[0] + unit)), "seconds": second} | measured(row, "eval/")
               for row, step, second in zip(rows, steps, own, strict=True) if row["eval/kl"]]  # fmt: skip
-    return [*points, {"point": "end", "seconds": own[-1]} | measured(after)]
+    ends = [("0", 0.0, "before"), ("end", own[-1], "after")]
+    before, after = ({"point": name, "seconds": s} | measured(summary[key]) for name, s, key in ends)
+    return [before, *points, after]
 
 
 def points_in(folder: Path) -> list[dict[str, Any]]:
     with (folder / "metrics.csv").open(newline="") as file:
-        return points_of(list(csv.DictReader(file)), json.loads((folder / "summary.json").read_text())["after"])
+        return points_of(list(csv.DictReader(file)), json.loads((folder / "summary.json").read_text()))
 
 
 def points_of_study(seed: int) -> list[dict[str, Any]]:
@@ -137,7 +139,7 @@ def points_of_study(seed: int) -> list[dict[str, Any]]:
             rows = [
                 {key: "" if np.isnan(x[n]) else x[n] for key, x in columns.items()} for n in range(len(columns["step"]))
             ]
-            return points_of(rows, record["summary"]["after"])
+            return points_of(rows, record["summary"])
     print(f"seed {seed} PPO: not there yet; python benchmarks/run.py rlhf --only default")
     return []
 
@@ -227,8 +229,6 @@ def draw(rows: list[dict[str, Any]]) -> None:
               "distinct_2": "variety (distinct-2)"}  # fmt: skip
     figure, axes = plt.subplots(1, 3, figsize=(14.5, 5), layout="constrained")
     for axis, (key, title) in zip(axes, titles.items(), strict=True):
-        best = [row for row in rows if row["method"] == "best-of-n"]
-        start = np.mean([row[key] for row in best if row["point"] == "1"]) if best else math.nan
         for method, color in METHODS.items():
             here = [row for row in rows if row["method"] == method]
             if method == "best-of-n" and here:
@@ -246,7 +246,7 @@ def draw(rows: list[dict[str, Any]]) -> None:
                 mine = [row for row in here if row["setting"] == setting]
                 along = sorted({row["point"] for row in mine if row["point"] != "end"}, key=int)
                 x, y = (mean_over_seeds(mine, along, k) for k in ("kl", key))
-                axis.plot([0, *root(x)], [start, *y], color=color, linewidth=0.9, alpha=0.45)
+                axis.plot(root(x), y, color=color, linewidth=0.9, alpha=0.45)
                 last = [row for row in mine if row["point"] == "end"]
                 axis.plot([root(row["kl"]) for row in last], [row[key] for row in last], ".", color=color, alpha=0.4)
                 ends.append((root(np.mean([row["kl"] for row in last])), np.mean([row[key] for row in last])))

@@ -66,11 +66,13 @@ def test_points_of_a_run_leave_out_what_came_before(tmp_path):
     rows = [["step", "seconds", "rewards/margins", *keys], [100, 5.0, "", *[""] * 7], [110, 9.0, "0.1", *[""] * 7],
             [120, 10.0, "0.2", *["0.5"] * 7], [140, 12.0, "0.3", *["0.7"] * 7]]  # fmt: skip
     (tmp_path / "metrics.csv").write_text("".join(",".join(map(str, row)) + "\n" for row in rows))
-    (tmp_path / "summary.json").write_text(json.dumps({"after": dict.fromkeys(frontier.MEASURED, 0.6)}))
+    (tmp_path / "summary.json").write_text(
+        json.dumps({k: dict.fromkeys(frontier.MEASURED, x) for k, x in (("before", 0.4), ("after", 0.6))})
+    )
     found = frontier.points_in(tmp_path)
-    assert [point["point"] for point in found] == ["20", "40", "end"]  # 10 steps before the first report
-    assert [point["judge"] for point in found] == [0.5, 0.7, 0.6]
-    assert [point["seconds"] for point in found][1:] == pytest.approx([4.0, 4.0])  # 40 steps at 10 a second
+    assert [point["point"] for point in found] == ["0", "20", "40", "end"]  # 10 steps before the first report
+    assert [point["judge"] for point in found] == [0.4, 0.5, 0.7, 0.6]
+    assert [point["seconds"] for point in found][2:] == pytest.approx([4.0, 4.0])  # 40 steps at 10 a second
 
 
 def test_flags_are_known_to_the_scripts(tmp_path):
