@@ -30,10 +30,11 @@ Run      python algos/dqn.py
          python algos/dqn.py --eval runs/<folder> --capture-video
 
 Expect   Greedy return over 100 episodes at the end of training, on seeds from 101 on, which nothing was tuned on;
-         one core of an AMD EPYC, torch 2.13. The seconds are CPU seconds beside other work.
+         one core of an AMD EPYC, torch 2.13. CartPole's seconds were taken with nothing else running,
+         LunarLander's are CPU seconds beside other work.
 
                           steps   seeds    mean   worst   threshold reached, seconds to it
-         CartPole-v1       640k      10   500.0   499.9   475 by 10 of 10, median 1.9, slowest 2.7
+         CartPole-v1       640k      10   500.0   499.9   475 by 10 of 10, median 2.1, slowest 3.2
          LunarLander-v3    1.2M       6   262.4   235.9   200 by 6 of 6, median 63, slowest 93
          Acrobot-v1        300k   not measured on fresh seeds yet
          MountainCar-v0    400k   not measured on fresh seeds yet; the preset is a first guess
