@@ -60,7 +60,8 @@ Deviations from the papers
  8. Dueling heads are linear on one shared trunk; Wang et al. give each a hidden layer of its own.
  9. Priorities are corrected after all gradient steps of a phase, not after each single one.
 10. --repeat-random draws the length of an exploring move from a geometric distribution; Dabney et al.
-    prefer a heavy-tailed one, and play the move to its end.
+    prefer a heavy-tailed one, and play the move to its end. Of 4,000 random episodes of MountainCar
+    9 % reach the goal at 0.95 and none at 0; whether training gains by it is not measured yet.
 """
 
 from __future__ import annotations
