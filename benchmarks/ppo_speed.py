@@ -146,10 +146,12 @@ How long does an iteration take here and in TRL's last PPOTrainer, at equal mode
 if __name__ == "__main__":
     torch.set_num_threads(1)
     assert trl.__version__ == "1.12.0", f"TRL {trl.__version__} has no PPOTrainer"
-    rows = [{"model": name, **measure(size)} for name, size in SIZES.items()]
-    print(*rows, sep="\n")
-    with (HOME / "results" / "ppo_speed.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    publish(rows)
+    rows: list[dict[str, Any]] = []
+    for name, size in SIZES.items():
+        rows.append({"model": name, **measure(size)})
+        print(rows[-1], flush=True)
+        with (HOME / "results" / "ppo_speed.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+        publish(rows)

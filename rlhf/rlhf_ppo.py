@@ -31,13 +31,13 @@ Run      python rlhf/rlhf_ppo.py
          accelerate launch --num-processes 2 rlhf/rlhf_ppo.py
          python rlhf/rlhf_ppo.py --eval runs/<folder>
 
-Expect   fresh seeds 103 to 105 (python benchmarks/run.py rlhf), each on one core of a busy machine: 196 to 228 s
-         from Enter to the prompt, 173 to 200 of them training, 1.07 GB. On 384 held-out prompts, median before
-         and after PPO (and the worst seed): judge's P(positive) .52 and .84 (.81), VADER .18 and .52 (.47),
-         sequence KL 4.5 (5.4) nats, distinct-2 .93 and .85 (.82), length 12.2 and 11.4 tokens (10 % shorter or
-         longer), reference perplexity 54 and 41. Reward model on held-out human pairs: .82 right where the mean
-         ratings are a grade or more apart, but .75 over all pairs; calibration error .017. A quiet machine, a GPU
-         and the other reward models are not measured yet.
+Expect   fresh seeds 101, 103, 104 and 105 (python benchmarks/run.py rlhf), each on one core: 178 s from Enter to
+         the prompt on a quiet machine (one seed), 196 to 228 beside other work; 1.07 GB. On 384 held-out
+         prompts, median before and after PPO (and the worst seed): judge's P(positive) .51 and .84 (.81), VADER
+         .17 and .52 (.47), sequence KL 4.3 (5.4) nats, distinct-2 .93 and .84 (.82), length 12.1 and 11.3 tokens
+         (at most 10 % shorter or longer), reference perplexity 53 and 41. Reward model on held-out human pairs:
+         .82 right where the mean ratings are a grade or more apart, but .75 over all pairs; calibration error
+         .017. A GPU and the other reward models are not measured yet.
 
 Folder   besides the usual: sft/, reward_model/ and policy/, which from_pretrained loads, and samples.md.
          summary.json has reward_accuracy (on held-out texts rated at least a grade apart),
