@@ -37,7 +37,11 @@ Expect   Steps a second of ALE/Pong-v5, medians on an AMD EPYC with nothing else
          computes itself, 136 on one and no more on two. (Measured before deviation 5 was added.)
          Pong: no score yet. The preset is not tuned; its first run failed for the reason in deviation 5,
          and nothing longer than 1,200 gradient steps was tried since (benchmarks.md).
-         Catch (tests/catch_env.py): not measured on fresh seeds yet.
+         Catch at 84 x 84 (tests/catch_env.py), 200 greedy episodes after 20,000 steps, at most 1, seeds 101
+         and 102, with --bf16 on one core beside other work (benchmarks/run.py catch --seeds 2):
+         ball that falls straight  .96 and .77 (asked: .9, so a miss on one seed), 63 s of training at most
+         ball that drifts          1.00 and 1.00, 53 s of training at most
+         the same, --frame-stack 1 -.07 and .04: one frame does not show which way the ball flies
          GPU: not measured yet.
 
 Deviations from the papers
