@@ -326,7 +326,7 @@ def table(study: Study, found: dict[Variant, list[Record]]) -> str:
         return "Not measured yet."
     lines = ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows)]
     seeds = sorted({record["seed"] for records in found.values() for record in records})
-    missing = [v.label + f" ({v.env})" for v in shown if not found[v]]
+    missing = [v.label + (f" ({v.env})" if v.env else "") for v in shown if not found[v]]
     misses = [f"- **Miss**: {v.label} ({v.env}), seed {record['seed']}: {record['error']}"
               for v, records in found.items() for record in records if record["error"]]  # fmt: skip
     notes = [f"Seeds {seeds[0]} to {seeds[-1]}; {sum(map(len, found.values()))} runs, one core each."]
