@@ -222,7 +222,7 @@ def make_envs(env_id: str, num_envs: int) -> gym.vector.VectorEnv:
     return obs[t + 1] is always the true successor of obs[t], which bootstrapping needs.
     """
     make_env(env_id).close()  # says in one line what is wrong, if anything is
-    if gym.spec(env_id).vector_entry_point is not None:  # a NumPy-vectorised version (CartPole)
+    if gym.spec(env_id.split(":")[-1]).vector_entry_point is not None:  # a vectorised version (CartPole)
         envs = gym.make_vec(env_id, num_envs, vectorization_mode="vector_entry_point")
     else:
         envs = SyncVectorEnv([lambda: make_env(env_id)] * num_envs, autoreset_mode=AutoresetMode.NEXT_STEP)
@@ -447,7 +447,7 @@ def measure(
     Each group has about variance-steps steps. Rollouts cut episodes anywhere, so here each episode is
     cut every num-steps steps from a random first step on, and bootstrapped there as in training.
     """
-    K, limit = args.variance_samples, gym.spec(args.env).max_episode_steps
+    K, limit = args.variance_samples, gym.spec(args.env.split(":")[-1]).max_episode_steps
     envs = make_envs(args.env, K * max(2, round(args.variance_steps / mean_length)))
     N, (next_obs, _) = envs.num_envs, envs.reset(seed=int(rng.integers(2**31)))
     rollout = play(agent, envs, next_obs, np.zeros(N, bool), limit, rng)
@@ -494,9 +494,9 @@ def train(args: Args) -> Path:
     T, N = args.num_steps, args.num_envs
     episode_return, episode_length = np.zeros(N), np.zeros(N, int)
 
-    threshold = gym.spec(args.env).reward_threshold
+    threshold = gym.spec(args.env.split(":")[-1]).reward_threshold
     curves = CURVES if args.variance_every else CURVES[:3]
-    if args.variance_every and gym.spec(args.env).max_episode_steps is None:
+    if args.variance_every and gym.spec(args.env.split(":")[-1]).max_episode_steps is None:
         fail(f"--variance-every plays whole episodes, but {args.env} has no time limit")
     with RunRecord(args, args.env, args.total_timesteps, device, state, curves, saved, threshold) as run:
         step = run.step

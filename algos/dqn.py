@@ -246,7 +246,7 @@ def make_envs(env_id: str, num_envs: int) -> gym.vector.VectorEnv:
     in return obs[t + 1] is always the true successor of obs[t], which bootstrapping needs.
     """
     make_env(env_id).close()  # says in one line what is wrong, if anything is
-    if num_envs > 4 and gym.spec(env_id).vector_entry_point is not None:  # a NumPy-vectorised version (CartPole)
+    if num_envs > 4 and gym.spec(env_id.split(":")[-1]).vector_entry_point is not None:  # vectorised (CartPole)
         envs = gym.make_vec(env_id, num_envs, vectorization_mode="vector_entry_point")
     else:
         envs = SyncVectorEnv([lambda: make_env(env_id)] * num_envs, copy=False, autoreset_mode=AutoresetMode.NEXT_STEP)
@@ -562,7 +562,7 @@ def train(args: Args) -> Path:
     foresight = Foresight(N, args.gamma)
     losses, q_values = [], []
 
-    threshold = gym.spec(args.env).reward_threshold
+    threshold = gym.spec(args.env.split(":")[-1]).reward_threshold
     with RunRecord(args, args.env, args.total_timesteps, device, state, CURVES, saved, threshold) as run:
         step, report_every = run.step, max(args.total_timesteps // 200, 1)
         obs, _ = envs.reset(seed=args.seed * 10_000 + step)

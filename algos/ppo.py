@@ -232,7 +232,7 @@ def make_envs(env_id: str, num_envs: int) -> gym.vector.VectorEnv:
     return obs[t + 1] is always the true successor of obs[t], which bootstrapping needs.
     """
     make_env(env_id).close()  # says in one line what is wrong, if anything is
-    if gym.spec(env_id).vector_entry_point is not None:  # a NumPy-vectorised version (CartPole)
+    if gym.spec(env_id.split(":")[-1]).vector_entry_point is not None:  # a vectorised version (CartPole)
         envs = gym.make_vec(env_id, num_envs, vectorization_mode="vector_entry_point")
     else:
         envs = SyncVectorEnv([lambda: make_env(env_id)] * num_envs, copy=False, autoreset_mode=AutoresetMode.NEXT_STEP)
@@ -457,7 +457,7 @@ def train(args: Args) -> Path:
     episode_return, episode_length = np.zeros(N), np.zeros(N, int)
     discounted_return = np.zeros(N)
 
-    threshold = gym.spec(args.env).reward_threshold
+    threshold = gym.spec(args.env.split(":")[-1]).reward_threshold
     with RunRecord(args, args.env, args.total_timesteps, device, state, CURVES, saved, threshold) as run:
         step = run.step
         next_obs = see(envs.reset(seed=args.seed * 10_000 + step)[0])

@@ -203,7 +203,7 @@ def make_envs(env_id: str, num_envs: int) -> gym.vector.VectorEnv:
     return obs[t + 1] is always the true successor of obs[t], which bootstrapping needs.
     """
     make_env(env_id).close()  # says in one line what is wrong, if anything is
-    if gym.spec(env_id).vector_entry_point is not None:  # a NumPy-vectorised version (CartPole)
+    if gym.spec(env_id.split(":")[-1]).vector_entry_point is not None:  # a vectorised version (CartPole)
         envs = gym.make_vec(env_id, num_envs, vectorization_mode="vector_entry_point")
     else:
         envs = SyncVectorEnv([lambda: make_env(env_id)] * num_envs, autoreset_mode=AutoresetMode.NEXT_STEP)
@@ -494,7 +494,7 @@ def train(args: Args) -> Path:
             nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
         optimizer.step()
 
-    threshold = gym.spec(args.env).reward_threshold
+    threshold = gym.spec(args.env.split(":")[-1]).reward_threshold
     curves = CURVES if args.variance_every else CURVES[:3]
     with RunRecord(args, args.env, args.total_timesteps, device, state, curves, saved, threshold) as run:
         step = run.step

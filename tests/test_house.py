@@ -577,6 +577,18 @@ def test_spaces_it_cannot_handle_get_one_line(script, capsys, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("script", ["algos/ppo.py", "algos/dqn.py", "algos/a2c_gae.py", "algos/reinforce.py"])
+def test_environment_of_a_package_that_gymnasium_imports(script, tmp_path, monkeypatch):
+    (tmp_path / "a_package.py").write_text(
+        "import gymnasium\n"
+        "point = 'gymnasium.envs.classic_control:CartPoleEnv'\n"
+        "gymnasium.register('Mine-v0', point, max_episode_steps=50, reward_threshold=45)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    folder = run_script(script, *tiny(script), "--env", "a_package:Mine-v0", "--run-dir", tmp_path)
+    assert "solved_step" in json.loads((folder / "summary.json").read_text())
+
+
 class Trap:
     """An object that, unpickled by a careless loader, would do something."""
 
