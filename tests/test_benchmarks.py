@@ -158,3 +158,12 @@ def test_every_study_is_declared_completely():
             assert all(files.parent.name == (variant.home or name) for files in run.files_of(study, variant, 101))
     envs = {variant.env for variant in studies.SCORES.variants if variant.script == "algos/ppo.py"}
     assert {"CartPole-v1", "LunarLander-v3"} <= envs
+
+
+def test_the_page_says_what_the_results_say():
+    import overview
+
+    page = (ROOT / "benchmarks.md").read_text()
+    assert overview.overview_table() in page
+    for study in studies.STUDIES.values():
+        assert run.table(study, run.collect(study)) in page, f"python benchmarks/run.py {study.name} --draw-only"
