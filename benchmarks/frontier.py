@@ -144,7 +144,6 @@ def points_of_study(seed: int) -> list[dict[str, Any]]:
     return []
 
 
-@torch.no_grad()
 def best_of_n(seed: int, base: Path) -> list[dict[str, Any]]:
     dpo = load_script("dpo")
     args = dpo.Args(seed=seed)

@@ -497,14 +497,14 @@ def test_pairs_of_a_run_can_be_used_again(small_run, folders, tmp_path):
 
 
 def test_pairs_are_the_best_and_the_worst_of_what_the_model_writes(folders, small_run):
-    args = dpo.parse_args(dpo.Args, dpo.PRESETS, [*folders[1], *SMALL, "--num-samples", "6"])
+    args = dpo.parse_args(dpo.Args, dpo.PRESETS, [*folders[1], *SMALL, "--num-samples", "24"])
     tokenizer, lm = dpo.load_lm(str(small_run / "sft"))
     reward = dpo.Reward(str(small_run / "reward_model"), lm, tokenizer, -1)
     prompts = dpo.make_prompts(args, tokenizer, dpo.load_split(args.dataset, "reward"))
     pairs = dpo.sample_pairs(args, Accelerator(cpu=True), tokenizer, lm, reward, prompts)
     fewer = [json.loads(line) for line in (small_run / "pairs" / "train.jsonl").read_text().splitlines()]
     gaps = [np.mean([p["chosen_score"] - p["rejected_score"] for p in found]) for found in (pairs, fewer)]
-    assert gaps[0] > gaps[1] > 0  # 6 samples spread further than 4
+    assert gaps[0] > gaps[1] > 0  # 24 samples spread further than 4
     for pair in pairs:
         text = pair["prompt"] + pair["chosen"]
         expected = reward.score([text]).item() - args.missing_eos_penalty * (not pair["chosen_ended"])
