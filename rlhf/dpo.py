@@ -43,12 +43,12 @@ Run      python rlhf/dpo.py
          accelerate launch --num-processes 2 rlhf/dpo.py
          python rlhf/dpo.py --eval runs/<folder>
 
-Expect   four fresh seeds (101, 103 to 105), on one core beside other work: 104 to 130 s of training, of which the
-         pairs take 65 and DPO itself 40; peak memory 1.1 GB; a GPU is not measured yet. On 384 held-out prompts,
-         before and after, medians (range after): judge's P(positive) .51 and .78 (.77 to .79), VADER .17 and .38,
-         KL 0 and 4.4 nats a text (4.1 to 5.2), distinct-2 .93 and .89, length 12.1 and 12.3 tokens, reference
-         perplexity 53 and 62. The chosen texts' log-probability falls by 2 to 5 nats, the rejected ones'
-         by 7 to 11. PPO from the same start: judge .84, KL 4.5, distinct-2 .85.
+Expect   five fresh seeds (101 to 105; benchmarks/frontier.py), on one core beside other work: 92 to 130 s of
+         training, of which the pairs take 65 and DPO itself 40; peak memory 1.1 GB; a GPU is not measured yet.
+         On 384 held-out prompts, before and after, medians (range after): judge's P(positive) .52 and .78 (.77 to
+         .79), VADER .18 and .38, KL 0 and 4.3 nats a text (4.1 to 5.2), distinct-2 .93 and .89, length 12.1 and
+         12.5 tokens, reference perplexity 53 and 65. The chosen texts' log-probability falls by 2 to 5 nats (four
+         of the seeds), the rejected ones' by 7 to 11. PPO from the same start: judge .84, KL 4.5, distinct-2 .85.
 
 Folder   besides the usual: sft/, reward_model/ and policy/, which from_pretrained loads, pairs/ (what --pairs
          sampled made; --pairs reads it) and samples.md. summary.json has what rlhf_ppo.py's has. Steps are texts:
