@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import argparse
 import csv
-import importlib.util
 import os
-import sys
 import tempfile
 import time
 from types import SimpleNamespace
@@ -30,18 +28,11 @@ import numpy as np
 import torch
 import trl
 from accelerate import Accelerator
-from run import HOME, PAGE, ROOT, cpu_name, replace_between, write_whole
+from run import HOME, PAGE, cpu_name, load_script, replace_between, write_whole
 from torch.utils.data import SequentialSampler
 from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
 
 BATCH = 32
-
-
-def load_script(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "rlhf" / f"{name}.py")
-    sys.modules[name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 class InOrder(trl.DPOTrainer):
@@ -110,7 +101,7 @@ def main() -> None:
     parser.add_argument("--pairs", default=None, help="folder of pairs; None samples them")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    dpo = load_script("dpo")
+    dpo = load_script("rlhf/dpo.py")
     tokenizer, lm = dpo.load_lm(dpo.Args().model)
     tokenizer.padding_side = "right"
     args = dpo.Args(num_pairs=2 * BATCH * options.steps, num_samples=2)

@@ -17,13 +17,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
-import importlib.util
 import io
 import json
 import math
 import os
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -35,7 +33,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import torch
 from figure import COLORS
-from run import HOME, PAGE, ROOT, collect, number, replace_between, write_whole
+from run import HOME, PAGE, ROOT, collect, load_script, number, replace_between, write_whole
 from studies import RLHF_STUDY
 
 RESULTS, FIGURE = HOME / "results" / "frontier.csv", HOME / "figures" / "frontier.png"
@@ -56,15 +54,6 @@ RUNS = [
 METHODS = {"best-of-n": "#1b1b1e"} | dict(zip(dict.fromkeys(run[0] for run in RUNS), COLORS, strict=False))
 MEASURED = ("kl", "judge", "score", "vader", "distinct_2", "length", "ref_perplexity")
 COLUMNS = ("seed", "method", "setting", "point", "seconds", *MEASURED)
-
-
-def load_script(name: str) -> Any:
-    """rlhf/<name>.py as a module."""
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, ROOT / "rlhf" / f"{name}.py")
-        sys.modules[name] = module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    return sys.modules[name]
 
 
 def read() -> list[dict[str, Any]]:
@@ -92,7 +81,7 @@ def append(rows: list[dict[str, Any]]) -> None:
 
 def run(script: str, flags: str, folder: Path) -> Path:
     """What `python rlhf/<script>.py flags` does, without the seconds of starting; the run folder."""
-    module = load_script(script)
+    module = load_script(f"rlhf/{script}.py")
     with contextlib.redirect_stdout(io.StringIO()):
         return module.train(module.parse_args(module.Args, module.PRESETS, [*flags.split(), "--run-dir", str(folder)]))
 
@@ -145,7 +134,7 @@ def points_of_study(seed: int) -> list[dict[str, Any]]:
 
 
 def best_of_n(seed: int, base: Path) -> list[dict[str, Any]]:
-    dpo = load_script("dpo")
+    dpo = load_script("rlhf/dpo.py")
     args = dpo.Args(seed=seed)
     tokenizer, lm = dpo.load_lm(str(base / "sft"))
     reward, judges = dpo.Reward(str(base / "reward_model"), lm, tokenizer, -1), dpo.Judges(args)

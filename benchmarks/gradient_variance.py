@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import importlib.util
 import io
 import sys
 import tempfile
@@ -26,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from run import HOME, PAGE, ROOT, number, replace_between, write_whole
+from run import HOME, PAGE, load_script, number, replace_between, write_whole
 
 RESULTS, FIGURE = HOME / "results" / "gradient_variance.csv", HOME / "figures" / "gradient_variance.png"
 SEEDS = range(101, 111)
@@ -41,15 +40,6 @@ ESTIMATORS: dict[str, tuple[str, dict[str, Any]]] = {
     **{f"A2C, λ = {x:g}": ("a2c_gae", dict(gae_lambda=x, num_steps=10**6)) for x in (1.0, 0.95, 0.9, 0.5, 0.0)},
 }
 UNBIASED = "A2C, λ = 1"
-
-
-def load_script(name: str) -> Any:
-    """algos/<name>.py as a module."""
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, ROOT / "algos" / f"{name}.py")
-        sys.modules[name] = module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    return sys.modules[name]
 
 
 def read() -> list[dict[str, str]]:
@@ -83,7 +73,7 @@ def keep_mean(module: Any, means: list[torch.Tensor]) -> Iterator[None]:
 def measure(name: str, saved: dict[str, Any], seed: int) -> tuple[tuple[float, float, float], torch.Tensor]:
     """Variance, signal-to-noise ratio and cosine of one estimator, and the mean of its estimates."""
     script, changes = ESTIMATORS[name]
-    module, trained = load_script(script), saved["args"]
+    module, trained = load_script(f"algos/{script}.py"), saved["args"]
     common = {key: trained[key] for key in ("env", "gamma", "reward_scale", "hidden")}
     args = module.Args(**common, variance_samples=SAMPLES, variance_steps=BUDGET, **changes)
     agent = module.Agent(4, module.make_env(args.env).action_space, args.hidden)
@@ -95,7 +85,7 @@ def measure(name: str, saved: dict[str, Any], seed: int) -> tuple[tuple[float, f
 
 
 def measure_all() -> None:
-    a2c = load_script("a2c_gae")
+    a2c = load_script("algos/a2c_gae.py")
     torch.set_num_threads(1)
     done = {(row["seed"], row["stage"]) for row in read()}
     for seed in SEEDS:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import importlib.util
 import os
 import sys
 import tempfile
@@ -34,16 +33,14 @@ import torch
 import trl
 from accelerate import Accelerator
 from datasets import Dataset
-from run import HOME, PAGE, ROOT, cpu_name, replace_between, write_whole
+from run import HOME, PAGE, cpu_name, load_script, replace_between, write_whole
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel, PreTrainedTokenizerFast
 from trl.experimental.ppo import PPOConfig, PPOTrainer
 
 VOCAB, BATCH, RESPONSE = 4_000, 64, 24
 SIZES = {"as tiny_lm": dict(n_embd=176, n_layer=4, n_head=4), "larger": dict(n_embd=384, n_layer=5, n_head=6)}
-spec = importlib.util.spec_from_file_location("rlhf_ppo", ROOT / "rlhf" / "rlhf_ppo.py")
-sys.modules["rlhf_ppo"] = rlhf = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(rlhf)
+rlhf = load_script("rlhf/rlhf_ppo.py")
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

@@ -17,6 +17,7 @@ import argparse
 import csv
 import gzip
 import hashlib
+import importlib.util
 import io
 import json
 import os
@@ -52,6 +53,16 @@ def command_of(variant: Variant, seed: int) -> str:
 def files_of(study: Study, variant: Variant, seed: int) -> tuple[Path, Path]:
     stem = HOME / "results" / (variant.home or study.name) / f"{variant.name}__seed{seed}"
     return stem.with_name(stem.name + ".csv.gz"), stem.with_name(stem.name + ".json")
+
+
+def load_script(script: str) -> Any:
+    """A script of algos/ or rlhf/ as a module, loaded once."""
+    name = Path(script).stem
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, ROOT / script)
+        sys.modules[name] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return sys.modules[name]
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -600,7 +600,7 @@ class Reward(nn.Module):
             if scores.shape != (len(texts),):
                 fail(f"the reward function returned shape {tuple(scores.shape)} for {len(texts)} texts")
             return scores.to(self.mean.device)
-        if isinstance(self.net, NGramBag):
+        if self.net.config.model_type == "ngram_bag":
             return self.net(texts)
         if not hasattr(self.net, "score"):  # an encoder
             batch = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt").to(self.mean.device)

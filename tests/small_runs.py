@@ -1,4 +1,4 @@
-"""Small fast runs of a policy-gradient script, and what they leave behind."""
+"""Small fast runs, of the policy-gradient scripts above all, and what they leave behind."""
 
 import csv
 import json
@@ -73,3 +73,20 @@ def check_one_line_of_error(script, args, message, capsys, folder):
     error = capsys.readouterr().err
     assert stop.value.code == 2 and message in error and error.count("\n") == 1
     assert not list(folder.iterdir())
+
+
+def interrupt_at_report(script, monkeypatch, count, run):
+    """Runs run() until the script's count-th report, saves there, and presses Ctrl-C."""
+    report, calls = script.RunRecord.report, []
+
+    def stop(self, step, metrics):
+        report(self, step, metrics)
+        self.save()
+        calls.append(step)
+        if len(calls) == count:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script.RunRecord, "report", stop)
+        with pytest.raises(SystemExit):
+            run()

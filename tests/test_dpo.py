@@ -17,6 +17,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import ROOT, load_script
+from small_runs import interrupt_at_report
 from test_rlhf_ppo import EOS, PAD, load_weights, make_folders, rows_of, tiny_lm, tiny_tokenizer
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
@@ -511,22 +512,19 @@ def test_pairs_are_the_best_and_the_worst_of_what_the_model_writes(folders, smal
         assert pair["chosen_score"] == pytest.approx(expected, abs=1e-3)
 
 
+def test_both_scripts_read_one_bag_in_one_process(small_run):
+    """transformers knows one class by the name ngram_bag: that of the script imported last."""
+    tokenizer, lm = dpo.load_lm(str(small_run / "sft"))
+    texts = ["A warm and funny film.", "It is dull."]
+    scripts = (dpo, load_script("rlhf/rlhf_ppo.py"))
+    scores = [script.Reward(str(small_run / "reward_model"), lm, tokenizer, -1).score(texts) for script in scripts]
+    assert torch.equal(*scores) and scores[0][0] != scores[0][1]
+
+
 @pytest.mark.parametrize("stage", ["sft", "reward", "dpo"])
 def test_interrupted_run_resumes_where_it_was(folders, small_run, stage, monkeypatch):
     count = {"sft": 1, "reward": 2, "dpo": 3}[stage]
-    report, calls = dpo.RunRecord.report, []
-
-    def stop(self, step, metrics):
-        report(self, step, metrics)
-        self.save()
-        calls.append(step)
-        if len(calls) == count:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(dpo.RunRecord, "report", stop)
-    with pytest.raises(SystemExit):
-        run(*folders[1], *SMALL)
-    monkeypatch.undo()
+    interrupt_at_report(dpo, monkeypatch, count, lambda: run(*folders[1], *SMALL))
     newest = max(Path(folders[0] / "runs").iterdir(), key=lambda p: p.stat().st_mtime)
     assert torch.load(newest / "model.pt", weights_only=True)["stage"] == stage
     assert rows_of(run("--resume", newest)) == rows_of(small_run)

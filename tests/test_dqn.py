@@ -58,30 +58,27 @@ def test_epsilon_in_training_follows_its_schedule(tmp_path):
     np.testing.assert_allclose(epsilons, np.maximum(1 - 0.9 * (steps - 16) / 1000, 0.1), atol=0.02)
 
 
-def test_epsilon_is_the_share_of_random_actions(tmp_path, monkeypatch):
-    taken = []
-    add = dqn.Replay.add
+@pytest.fixture
+def taken(monkeypatch):
+    """The actions that the replay is given, one array [N] a step."""
+    actions_of_steps, add = [], dqn.Replay.add
 
     def spy(self, actions, *rest):
-        taken.extend(np.atleast_1d(actions))
+        actions_of_steps.append(np.array(actions))
         add(self, actions, *rest)
 
     monkeypatch.setattr(dqn.Replay, "add", spy)
+    return actions_of_steps
+
+
+def test_epsilon_is_the_share_of_random_actions(tmp_path, taken, monkeypatch):
     monkeypatch.setattr(dqn.QNetwork, "numpy_q", lambda self: lambda obs: np.tile(np.float32([0, 1]), (len(obs), 1)))
     trained(tmp_path, "ProbeConstant-v0", total_timesteps=4000, start_e=0.4, end_e=0.4)
     assert 0.18 < 1 - np.mean(taken) < 0.22  # half of the random ones are action 0
 
 
 @pytest.mark.parametrize("repeat, same", [(0.0, 0.5), (0.9, 0.95)])  # a fresh one of two is the same by half
-def test_random_actions_repeat_as_often_as_told(tmp_path, monkeypatch, repeat, same):
-    taken = []
-    add = dqn.Replay.add
-
-    def spy(self, actions, *rest):
-        taken.append(np.array(actions))
-        add(self, actions, *rest)
-
-    monkeypatch.setattr(dqn.Replay, "add", spy)
+def test_random_actions_repeat_as_often_as_told(tmp_path, taken, repeat, same):
     trained(tmp_path, "ProbeConstant-v0", total_timesteps=2000, start_e=1, end_e=1, repeat_random=repeat)
     taken = np.array(taken)  # [steps, N]; the chain of an environment goes on from one phase to the next
     assert abs((taken[1:] == taken[:-1]).mean() - same) < 0.03

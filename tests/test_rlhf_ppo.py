@@ -15,6 +15,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import ROOT, load_script
+from small_runs import interrupt_at_report
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -564,19 +565,7 @@ def test_reward_model_of_people_is_learnt(folders):
 @pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
 def test_interrupted_run_resumes_where_it_was(folders, small_run, stage, monkeypatch):
     count = {"sft": 1, "reward": 2, "ppo": 3}[stage]
-    report, calls = rlhf.RunRecord.report, []
-
-    def stop(self, step, metrics):
-        report(self, step, metrics)
-        self.save()
-        calls.append(step)
-        if len(calls) == count:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(rlhf.RunRecord, "report", stop)
-    with pytest.raises(SystemExit):
-        run(*folders[1], *SMALL)
-    monkeypatch.undo()
+    interrupt_at_report(rlhf, monkeypatch, count, lambda: run(*folders[1], *SMALL))
     newest = max(Path(folders[0] / "runs").iterdir(), key=lambda p: p.stat().st_mtime)
     assert torch.load(newest / "model.pt", weights_only=True)["stage"] == stage
     assert rows_of(run("--resume", str(newest))) == rows_of(small_run)
