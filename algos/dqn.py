@@ -194,8 +194,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         total_timesteps=300_000, num_envs=32, reward_scale=0.1,
     ),
     "MountainCar-v0": dict(
-        total_timesteps=400_000, num_envs=16, learning_rate=4e-3, train_frequency=64, gradient_steps=4, tau=0.05,
-        end_e=0.02, exploration_fraction=0.2, n_step=10, reward_scale=0.1,
+        total_timesteps=300_000, num_envs=16, learning_rate=4e-3, train_frequency=64, gradient_steps=4, tau=0.05,
+        end_e=0.02, exploration_fraction=0.2, repeat_random=0.95, n_step=10, reward_scale=0.1,
     ),
 }  # fmt: skip
 
@@ -346,11 +346,23 @@ def td_loss(predictions: Tensor, targets: Tensor, weights: Tensor | None, kind: 
     return (weights * error(predictions, targets, reduction="none")).mean()
 
 
+def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> None:
+    """Scales all gradients by one factor where their common norm exceeds max_norm (Pascanu 2013, Algorithm 1).
+
+    What nn.utils.clip_grad_norm_ does, in an eighth of its time where nothing is to be clipped, as nearly
+    always here; for so small a network that is a tenth of a gradient step.
+    """
+    norm = torch.cat([parameter.grad.flatten() for parameter in parameters]).norm()
+    if norm > max_norm:
+        for parameter in parameters:
+            parameter.grad.mul_(max_norm / norm)
+
+
 @torch.no_grad()
-def update_target(q_net: nn.Module, target_net: nn.Module, tau: float) -> None:
-    """Moves the target network by the share tau towards the online one; tau 1 copies it."""
-    for target, online in zip(target_net.parameters(), q_net.parameters(), strict=True):
-        target.lerp_(online, tau)
+def update_target(online: list[nn.Parameter], target: list[nn.Parameter], tau: float) -> None:
+    """Moves the target network's parameters by the share tau towards the online ones; tau 1 copies them."""
+    for follower, leader in zip(target, online, strict=True):
+        follower.lerp_(leader, tau)
 
 
 class SumTree:
@@ -527,7 +539,7 @@ def train(args: Args) -> Path:
     obs_dim, action_space = envs.single_observation_space.shape[0], envs.single_action_space
     q_net = QNetwork(obs_dim, int(action_space.n), args.hidden, args.dueling).to(device)
     target_net = copy.deepcopy(q_net).requires_grad_(False) if args.target_network else q_net
-    parameters = list(q_net.parameters())
+    parameters, target_parameters = list(q_net.parameters()), list(target_net.parameters())
     optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, fused=device.type != "mps")
     updates = 0
 
@@ -625,11 +637,11 @@ def train(args: Args) -> Path:
                         parameter.grad = None
                     loss.backward()
                     if args.max_grad_norm < math.inf:
-                        nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+                        clip_gradients(parameters, args.max_grad_norm)
                     optimizer.step()
                     updates += 1
                     if args.target_network and updates % target_every == 0:
-                        update_target(q_net, target_net, args.tau)
+                        update_target(parameters, target_parameters, args.tau)
                     errors.append((targets - predictions).detach())
                     losses.append(loss.detach())
                     q_values.append(predictions.detach())

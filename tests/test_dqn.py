@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 
 import numpy as np
 import probes  # noqa: F401  (registers the probe environments)
@@ -146,12 +147,24 @@ def test_td_loss_by_hand():
         dqn.td_loss(predictions[:, None], targets, None, "squared")
 
 
+@pytest.mark.parametrize("max_norm", [0.1, 100.0])  # the norm is between the two
+def test_gradients_are_clipped_as_torch_does_it(max_norm):
+    nets = [dqn.QNetwork(2, 2, (3,), dueling=False) for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    for net, clip in zip(nets, (dqn.clip_gradients, torch.nn.utils.clip_grad_norm_), strict=True):
+        net(torch.ones(5, 2)).pow(2).sum().backward()
+        assert 0.1 < torch.nn.utils.clip_grad_norm_(list(net.parameters()), math.inf) < 100
+        clip(list(net.parameters()), max_norm)
+    for ours, theirs in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=0)
+
+
 def test_update_target_copies_and_follows():
     online, target = (dqn.QNetwork(2, 2, (3,), dueling=False) for _ in range(2))
     before, goal = target.net[0].weight.detach().clone(), online.net[0].weight.detach().clone()
-    dqn.update_target(online, target, 0.25)
+    dqn.update_target(list(online.parameters()), list(target.parameters()), 0.25)
     torch.testing.assert_close(target.net[0].weight, 0.75 * before + 0.25 * goal)
-    dqn.update_target(online, target, 1.0)
+    dqn.update_target(list(online.parameters()), list(target.parameters()), 1.0)
     assert torch.equal(target.net[0].weight, goal)
     with torch.no_grad():
         online.net[0].weight += 1
