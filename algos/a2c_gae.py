@@ -797,7 +797,7 @@ class RunRecord:
     def save(self) -> None:
         """Writes model.pt whole or not at all, and never over a good one with weights that are not finite."""
         state = self.state()
-        for name, part in state.items():
+        for name, part in (state | state.get("networks", {})).items():
             for tensor in part.values() if isinstance(part, dict) else ():
                 if isinstance(tensor, torch.Tensor) and not tensor.isfinite().all():
                     self._stop(f"the {name} is not finite at step {self.step}")

@@ -188,7 +188,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         gradient_steps=4, target_network_frequency=128, tau=0.02, n_step=15, reward_scale=0.05,
     ),
     "LunarLander-v3": dict(
-        total_timesteps=1_200_000, reward_scale=0.05, hidden=(128, 128),
+        total_timesteps=1_200_000, buffer_size=400_000, reward_scale=0.05, hidden=(128, 128),
     ),
     "Acrobot-v1": dict(
         total_timesteps=300_000, num_envs=32, reward_scale=0.1,
@@ -907,7 +907,7 @@ class RunRecord:
     def save(self) -> None:
         """Writes model.pt whole or not at all, and never over a good one with weights that are not finite."""
         state = self.state()
-        for name, part in state.items():
+        for name, part in (state | state.get("networks", {})).items():
             for tensor in part.values() if isinstance(part, dict) else ():
                 if isinstance(tensor, torch.Tensor) and not tensor.isfinite().all():
                     self._stop(f"the {name} is not finite at step {self.step}")

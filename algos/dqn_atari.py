@@ -184,7 +184,7 @@ class Args:
 
 
 CATCH = dict(
-    total_timesteps=20_000, buffer_size=20_000, learning_starts=1000, num_envs=16, train_frequency=64, gradient_steps=4,
+    total_timesteps=32_000, buffer_size=20_000, learning_starts=1000, num_envs=16, train_frequency=64, gradient_steps=4,
     learning_rate=5e-4, target_network_frequency=1000, exploration_fraction=0.4, double=False,
 )  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {
@@ -804,7 +804,7 @@ class RunRecord:
     def save(self) -> None:
         """Writes model.pt whole or not at all, and never over a good one with weights that are not finite."""
         state = self.state()
-        for name, part in state.items():
+        for name, part in (state | state.get("networks", {})).items():
             for tensor in part.values() if isinstance(part, dict) else ():
                 if isinstance(tensor, torch.Tensor) and not tensor.isfinite().all():
                     self._stop(f"the {name} is not finite at step {self.step}")

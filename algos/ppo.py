@@ -201,6 +201,8 @@ def validate(args: Args) -> None:
     for name in ("seed", "ent_coef", "vf_coef", "kl_beta"):
         if not getattr(args, name) >= 0:
             fail(f"--{name.replace('_', '-')} must not be negative, but is {getattr(args, name)}")
+    if args.target_kl is not None and not args.target_kl > 0:
+        fail(f"--target-kl must be positive, not {args.target_kl}")
     for name in ("gamma", "gae_lambda"):
         if not 0 <= getattr(args, name) <= 1:
             fail(f"--{name.replace('_', '-')} must lie in [0, 1], not {getattr(args, name)}")
@@ -788,7 +790,7 @@ class RunRecord:
     def save(self) -> None:
         """Writes model.pt whole or not at all, and never over a good one with weights that are not finite."""
         state = self.state()
-        for name, part in state.items():
+        for name, part in (state | state.get("networks", {})).items():
             for tensor in part.values() if isinstance(part, dict) else ():
                 if isinstance(tensor, torch.Tensor) and not tensor.isfinite().all():
                     self._stop(f"the {name} is not finite at step {self.step}")

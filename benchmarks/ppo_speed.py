@@ -5,7 +5,7 @@
 
 An iteration samples 64 texts of 24 tokens after 4 of prompt, scores them with a reward network of the policy's
 size, computes reference log-probabilities and values, and makes two epochs of two minibatches. Models are random
-GPT-2s with the tiny model's vocabulary, so no text ends early on either side. TRL has a second network for the
+GPT-2s with the tiny model's vocabulary, so hardly a text ends early on either side. TRL has a second network for the
 values; so has rlhf_ppo.py with --separate-value, and by default it has not. After each iteration of TRL come one
 of each kind of ours; the first of all is not counted. Result: results/ppo_speed.csv and the table in benchmarks.md.
 """

@@ -34,12 +34,11 @@ def samples(folder: Path) -> list[tuple[str, str, str]]:
 def draw(folder: Path, picture: Path = PICTURE, count: int = 6) -> None:
     rows = [row for row in csv.DictReader((folder / "metrics.csv").open()) if row["eval/kl"]]
     summary = json.loads((folder / "summary.json").read_text())
-    start = min(int(row["step"]) for row in csv.DictReader((folder / "metrics.csv").open()) if row["objective/kl"])
     figure = plt.figure(figsize=(13, 5.6), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(1, 1.15))
     for axis, (key, title) in zip(left.subplots(2, 2).flat, PANELS.items(), strict=True):
         before = summary["before"][key.removeprefix("eval/")]
-        points = [(0, before)] + [(int(row["step"]) - start, float(row[key])) for row in rows if row[key]]
+        points = [(0, before)] + [(float(row["charts/episodes"]), float(row[key])) for row in rows if row[key]]
         axis.plot(*zip(*points, strict=True), color=AFTER, linewidth=1.8)
         axis.axhline(before, color=BEFORE, linewidth=1, linestyle="--")
         axis.set_title(title, fontsize=10)

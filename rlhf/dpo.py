@@ -44,7 +44,7 @@ Run      python rlhf/dpo.py
          python rlhf/dpo.py --eval runs/<folder>
 
 Expect   five fresh seeds (101 to 105; benchmarks/frontier.py), on one core beside other work: 92 to 130 s of
-         training, of which the pairs take 65 and DPO itself 40; peak memory 1.1 GB; a GPU is not measured yet.
+         training, of which the pairs take 65 and DPO itself 36; peak memory 1.1 GB; a GPU is not measured yet.
          On 384 held-out prompts, before and after, medians (range after): judge's P(positive) .52 and .78 (.77 to
          .79), VADER .18 and .38, KL 0 and 4.3 nats a text (4.1 to 5.2), distinct-2 .93 and .89, length 12.1 and
          12.5 tokens, reference perplexity 53 and 65. The chosen texts' log-probability falls by 2 to 5 nats (four
@@ -70,6 +70,7 @@ Deviations from the papers
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import copy
 import csv
@@ -91,6 +92,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -150,7 +152,7 @@ class Args:
     positive_above: float = 0.0
     """texts with a label above this are the judge's positive class"""
     reward_split: str = "reward"
-    """split for SFT, reward model and PPO's prompts; slices such as train[:50%] work"""
+    """split for SFT, reward model and the prompts of sampled pairs; slices such as train[:50%] work"""
     judge_split: str | None = "judge"
     """split that trains the independent judge; None for no judge"""
     eval_split: str = "heldout"
@@ -171,7 +173,7 @@ class Args:
     sft_batch_size: int = 32
     """texts per SFT step, over all processes"""
     sft_learning_rate: float = 3e-4
-    """AdamW's step size, lowered linearly to zero"""
+    """Adam's step size, lowered linearly to zero"""
 
     reward_model: str = "bag"
     """bag (n-grams), lm (a head on the SFT model), a sequence classifier (hub or folder), or path.py:function"""
@@ -180,7 +182,7 @@ class Args:
     reward_batch_size: int = 128
     """texts per step, half as many pairs, over all processes"""
     reward_learning_rate: float = 1e-2
-    """AdamW's step size, lowered linearly to zero; 1e-4 suits --reward-model lm"""
+    """Adam's step size, lowered linearly to zero; 1e-4 suits --reward-model lm"""
     reward_label: int = -1
     """which logit of a sequence classifier is the reward"""
     normalize_reward: bool = True
@@ -252,6 +254,8 @@ def validate(args: Args) -> None:
         fail(f"--label-smoothing must lie in [0, 0.5), not {args.label_smoothing}: beyond it labels say the opposite")
     if args.eval_episodes < 2 or args.reward_batch_size < 2 or args.num_samples < 2:
         fail("--eval-episodes, --reward-batch-size and --num-samples must be at least 2")
+    if args.reward_batch_size % 2:
+        fail(f"--reward-batch-size {args.reward_batch_size} must be even: its texts are compared in pairs")
 
 
 # 2. Data ----------------------------------------------------------------------------------------
@@ -286,10 +290,14 @@ def load_split(name: str, split: str) -> datasets.Dataset:
         fail(f"cannot load the split {split!r} of the dataset {name}: {error}")
 
 
-def column(data: datasets.Dataset, name: str) -> list[Any]:
+def column(data: datasets.Dataset, name: str, kind: type = object) -> list[Any]:
+    """The rows of a column; of kind str, or numbers.Real, where only that will do."""
     if name not in data.column_names:
         fail(f"the dataset has no column {name!r}; it has {', '.join(data.column_names)}")
-    return list(data[name])
+    values = list(data[name])
+    if not all(isinstance(value, kind) for value in values):
+        fail(f"the column {name!r} of the dataset has rows that are no {'text' if kind is str else 'number'}")
+    return values
 
 
 def encode(tokenizer: Any, prompt: str, text: str, max_length: int) -> tuple[list[int], int]:
@@ -317,12 +325,14 @@ def known(tokenizer: Any, rows: list[list[int]], what: str) -> list[int]:
 def make_prompts(args: Any, tokenizer: Any, data: datasets.Dataset) -> list[list[int]]:
     """Token ids of the prompts: their own column, or the first words of each text that has more."""
     if args.prompt_column:
-        prompts = column(data, args.prompt_column)
+        prompts = column(data, args.prompt_column, str)
     else:
-        words = [text.split() for text in column(data, args.text_column)]
+        words = [text.split() for text in column(data, args.text_column, str)]
         prompts = [" ".join(text[: args.prompt_words]) for text in words if len(text) > args.prompt_words]
     ids = [encode(tokenizer, "", prompt, 10**9)[0][:-1] for prompt in prompts]
-    if not ids or not all(ids):
+    if not ids:
+        fail(f"no text has more than the {args.prompt_words} words of --prompt-words: there is nothing to continue")
+    if not all(ids):
         fail(f"{sum(not x for x in ids)} of {len(ids)} prompts are empty; a model can only continue a beginning")
     return [ids[n][-args.max_length :] for n in known(tokenizer, ids, "prompts")]
 
@@ -338,8 +348,8 @@ def pad(rows: list[list[int]], pad_id: int, side: Literal["left", "right"]) -> t
 
 def heads_and_texts(args: Any, data: datasets.Dataset) -> tuple[list[str], list[str]]:
     """The prompts ("" where there is no prompt column) and the texts that follow them."""
-    texts = column(data, args.text_column)
-    return column(data, args.prompt_column) if args.prompt_column else [""] * len(texts), texts
+    texts = column(data, args.text_column, str)
+    return column(data, args.prompt_column, str) if args.prompt_column else [""] * len(texts), texts
 
 
 def decode(tokenizer: Any, ids: Any, mask: Tensor | None = None) -> list[str]:
@@ -352,7 +362,7 @@ def decode(tokenizer: Any, ids: Any, mask: Tensor | None = None) -> list[str]:
 def vote_shares(args: Any, data: datasets.Dataset) -> np.ndarray:
     """The share of a text's votes that each grade got, [texts, grades], grades in rising order."""
     single = args.votes_column not in data.column_names
-    votes = [[label] for label in column(data, args.label_column)] if single else column(data, args.votes_column)
+    votes = [[label] for label in column(data, args.label_column, Real)] if single else column(data, args.votes_column)
     grades, index = np.unique([grade for row in votes for grade in row], return_inverse=True)
     shares = np.zeros((len(votes), len(grades)), np.float32)
     np.add.at(shares, (np.repeat(np.arange(len(votes)), [len(row) for row in votes]), index), 1)
@@ -396,7 +406,8 @@ def load_preferences(args: Args, tokenizer: Any) -> list[dict[str, Any]]:
 def rated_preferences(args: Args, tokenizer: Any, data: datasets.Dataset) -> list[dict[str, Any]]:
     """--pairs human: of two rated texts drawn at random the better rated one is chosen. KTO needs no pairs."""
     heads, texts = heads_and_texts(args, data)
-    texts, ratings = [head + text for head, text in zip(heads, texts, strict=True)], column(data, args.label_column)
+    texts = [head + text for head, text in zip(heads, texts, strict=True)]
+    ratings = column(data, args.label_column, Real)
     rows = np.array(known(tokenizer, [encode(tokenizer, "", text, 10**9)[0] for text in texts], "rated texts"))
     if args.loss == "kto":
         return [{"prompt": "", "completion": texts[n], "label": ratings[n] > args.positive_above} for n in rows]
@@ -414,7 +425,7 @@ def encode_preferences(args: Args, tokenizer: Any, records: list[dict[str, Any]]
     unknown = {tokenizer.unk_token_id} - {tokenizer.eos_token_id}
     for record in records:
         head = record["prompt"] or ""
-        prompt = tokenizer(head)["input_ids"] if head else []
+        prompt = tokenizer(head)["input_ids"]
         texts = [encode(tokenizer, head, record[name] or "", 10**9)[0] for name in names]
         for ids, name in zip(texts, names, strict=True):
             if not record.get(f"{name}_ended", True):
@@ -607,7 +618,8 @@ class Reward(nn.Module):
             return self.net(**batch).logits[:, self.label].float()
         # A decoder reads the text from left to right and gives its score at the end-of-sequence token. The
         # mask says where that is; transformers looks for the pad token, which may be the same one.
-        rows = [encode(self.tokenizer, "", text, 10**9)[0] for text in texts]
+        longest = getattr(self.net.config, "max_position_embeddings", 10**9)  # what is longer loses its end
+        rows = [encode(self.tokenizer, "", text, longest)[0] for text in texts]
         ids, mask = (x.to(self.mean.device) for x in pad(rows, self.tokenizer.eos_token_id, "right"))
         hidden = self.net.base_model(input_ids=ids, attention_mask=mask, position_ids=positions(mask)).last_hidden_state
         last = hidden[torch.arange(len(ids), device=ids.device), mask.sum(1) - 1]
@@ -817,6 +829,7 @@ def helper_process(args: Args) -> Args:
     """Settings of a process that only computes: the first one alone writes the run folder and prints."""
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     scratch = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, scratch, ignore_errors=True)
     if args.resume:
         shutil.copytree(checkpoint_path(args.resume).parent, scratch, dirs_exist_ok=True)
     return dataclasses.replace(args, run_dir=scratch, resume=scratch if args.resume else None, track=False)
@@ -988,6 +1001,11 @@ def train(args: Args) -> Path:
     texts = [head + text for head, text in zip(heads, texts, strict=True)]
     if args.sft_epochs:
         sft_rows = [sft_rows[n] for n in known(tokenizer, [ids for ids, _ in sft_rows], "texts")]
+    lengths = [len(ids) + args.response_length for ids in prompts + eval_prompts]
+    lengths += [len(ids) for ids, _ in sft_rows] if args.sft_epochs else []
+    if max(lengths) > (room := getattr(policy.config, "max_position_embeddings", max(lengths))):
+        fail(f"{args.model} reads {room} tokens, a text may have {max(lengths)}: "
+             "lower --response-length or --max-length")  # fmt: skip
     sft_batches = batches(len(sft_rows), args.sft_batch_size, args.sft_epochs, args.seed)
     trains_reward = args.reward_model in ("bag", "lm")
     reward = Reward(args.reward_model, policy, tokenizer, args.reward_label)
@@ -1008,8 +1026,9 @@ def train(args: Args) -> Path:
         place = {key: saved[key] for key in place}
 
     def state() -> dict[str, Any]:
-        return {**place, "networks": {name: net.state_dict() for name, net in networks.items()},
-                "optimizer": current["optimizer"].state_dict()}  # fmt: skip
+        optimizer = current["optimizer"].state_dict() if current else saved["optimizer"]  # not yet rebuilt
+        networks_now = {name: net.state_dict() for name, net in networks.items()}
+        return {**place, "networks": networks_now, "optimizer": optimizer}
 
     def begin(stage: str, model: nn.Module, lr: float) -> tuple[nn.Module, Any]:
         """The stage's model and optimizer, ready for every process; where a run resumes, as they were."""
@@ -1044,8 +1063,7 @@ def train(args: Args) -> Path:
         if args.reward_model == "lm":
             reward.net.base_model.load_state_dict(policy.base_model.state_dict())
         if saved and "reward" in saved["networks"]:
-            reference.load_state_dict(saved["networks"]["reference"])
-            reward.load_state_dict(saved["networks"]["reward"])
+            restore(saved["networks"], reference=reference, reward=reward)
 
         # 2. The reward model: which of two texts do people rate higher?
         if place["stage"] != "dpo":
@@ -1110,7 +1128,7 @@ class Judges:
         data = load_split(args.dataset, args.judge_split)
         heads, texts = heads_and_texts(args, data)
         texts = [head + text for head, text in zip(heads, texts, strict=True)]
-        positive = (torch.tensor(column(data, args.label_column)) > args.positive_above).float()
+        positive = (torch.tensor(column(data, args.label_column, Real)) > args.positive_above).float()
         self.net = NGramBag(NGramBagConfig())
         optimizer = torch.optim.Adam(self.net.parameters(), lr=2e-2)
         for rows in batches(len(texts), 64, 10, seed=0):  # the same judge whatever the run's seed
@@ -1139,16 +1157,16 @@ def reward_test(args: Args, reward: Reward, data: datasets.Dataset) -> dict[str,
     rows = np.random.default_rng(0).integers(len(texts), size=(20_000, 2))
     shares = vote_shares(args, data)
     share = preference(shares[rows[:, 0]], shares[rows[:, 1]])
-    margin = (scores[rows[:, 0]] - scores[rows[:, 1]]).cpu().numpy()
-    grades = np.array(column(data, args.label_column), float)
+    margin = ((scores[rows[:, 0]] - scores[rows[:, 1]]) * reward.std).cpu().numpy()  # undoes the scaling of score()
+    grades = np.array(column(data, args.label_column, Real), float)
     apart = grades[rows[:, 0]] - grades[rows[:, 1]]
     right = (margin > 0) == (apart > 0)
     stated = 1 / (1 + np.exp(-margin))
     bins = np.minimum((stated * 10).astype(int), 9)
     gap = sum(abs((stated - share)[bins == b].sum()) for b in range(10)) / len(rows)
-    clear, decided = right[abs(apart) >= 1], right[apart != 0]
-    return {"reward_accuracy": float(clear.mean()), "reward_accuracy_all": float(decided.mean()),
-            "reward_calibration": float(gap)}  # fmt: skip
+    found = {"reward_accuracy": right[abs(apart) >= 1], "reward_accuracy_all": right[apart != 0]}
+    shown = {name: float(pairs.mean()) if len(pairs) else None for name, pairs in found.items()}
+    return shown | {"reward_calibration": float(gap)}
 
 
 @torch.no_grad()
@@ -1205,7 +1223,7 @@ def evaluate_saved(args: Args) -> None:
     """--eval: rebuilds the saved models, lets them write and prints the measurements."""
     validate(args)
     saved, folder = load_checkpoint(args.eval), checkpoint_path(args.eval).parent
-    if "reward" not in saved["networks"]:
+    if saved["stage"] != "dpo":
         fail(f"{args.eval} was interrupted before it learnt from preferences; finish it with --resume")
     device = pick_device(args.device, auto="cuda" if torch.cuda.is_available() else "cpu")
     tokenizer, policy = load_lm(args.model)
@@ -1422,7 +1440,7 @@ class RunRecord:
     def save(self) -> None:
         """Writes model.pt whole or not at all, and never over a good one with weights that are not finite."""
         state = self.state()
-        for name, part in state.items():
+        for name, part in (state | state.get("networks", {})).items():
             for tensor in part.values() if isinstance(part, dict) else ():
                 if isinstance(tensor, torch.Tensor) and not tensor.isfinite().all():
                     self._stop(f"the {name} is not finite at step {self.step}")

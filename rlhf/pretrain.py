@@ -126,7 +126,7 @@ class Args:
     batch_size: int = 64
     """texts per step"""
     learning_rate: float = 2e-3
-    """AdamW's step size after warm-up; 1e-4 or less to go on with a trained model"""
+    """AdamW's step size after warm-up; less to go on with a trained model: 3e-4 for tiny_lm, 1e-4 for larger ones"""
     warmup: int = 6_400
     """texts over which the learning rate rises from zero"""
     weight_decay: float = 0.1
@@ -167,8 +167,12 @@ def validate(args: Args) -> None:
 def load_texts(args: Args) -> tuple[list[str], list[str]]:
     """The texts to learn from and those left out. A text's checksum decides, so repeated ones stay together."""
     datasets.disable_progress_bars()
+    cache = None
+    if Path(args.dataset).is_dir():  # the library's cache knows a folder by its last name, and confuses two of one name
+        files = [f"{path.resolve()} {path.stat().st_mtime_ns}" for path in sorted(Path(args.dataset).rglob("*"))]
+        cache = str(Path(datasets.config.HF_DATASETS_CACHE) / f"{zlib.crc32(repr(files).encode()):08x}")
     try:
-        data = datasets.load_dataset(args.dataset, split="train")
+        data = datasets.load_dataset(args.dataset, split="train", cache_dir=cache)
     except Exception as error:  # the loader has no common class of errors
         fail(f"cannot load --dataset {args.dataset}: {error}")
     if args.text_column not in data.column_names:
@@ -237,7 +241,7 @@ def make_lm(args: Args, texts: list[str]) -> tuple[Any, nn.Module]:
         for name in ("pad_token", "bos_token"):
             if getattr(tokenizer, name) is None:
                 setattr(tokenizer, name, tokenizer.eos_token)
-        return tokenizer, lm.train()
+        return tokenizer, lm  # without dropout: from_pretrained returns it in eval mode
     tokenizer = build_tokenizer(texts, args.max_vocab)
     return tokenizer, GPT2LMHeadModel(GPT2Config(
         vocab_size=len(tokenizer), n_positions=max(64, args.max_length + 1), n_embd=args.hidden,
@@ -367,11 +371,10 @@ def sample(args: Args, lm: nn.Module, tokenizer: Any) -> list[str]:
     with torch.random.fork_rng(devices=[lm.device] if lm.device.type == "cuda" else []):
         torch.manual_seed(args.seed + 10_000)
         start = torch.full((args.eval_episodes, 1), tokenizer.bos_token_id, device=lm.device)
-        ids = lm.eval().generate(
+        ids = lm.generate(
             start, attention_mask=torch.ones_like(start), do_sample=True, top_k=0, top_p=1.0, temperature=1.0,
             max_new_tokens=args.max_length, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
         )  # fmt: skip
-        lm.train()
     return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
 
@@ -604,7 +607,7 @@ class RunRecord:
     def save(self) -> None:
         """Writes model.pt whole or not at all, and never over a good one with weights that are not finite."""
         state = self.state()
-        for name, part in state.items():
+        for name, part in (state | state.get("networks", {})).items():
             for tensor in part.values() if isinstance(part, dict) else ():
                 if isinstance(tensor, torch.Tensor) and not tensor.isfinite().all():
                     self._stop(f"the {name} is not finite at step {self.step}")

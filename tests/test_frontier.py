@@ -40,6 +40,9 @@ def test_study_goes_on_where_it_stopped_and_draws(home):
     folder, commands = home
     frontier.measure([101], "dpo", folder)
     assert len(commands) == 2  # DPO's default is the base itself, PPO's has been run
+    for script, flags in commands:  # all start from one SFT model, reward model and pairs
+        assert "/sft --sft-epochs 0 --reward-model " in flags and "/reward_model" in flags
+        assert ("/pairs " in flags) == (script == "dpo")
     frontier.measure([101, 102], "", folder)
     assert len(commands) == 2 * (len(frontier.RUNS) - 2)
     frontier.measure([101, 102], "", folder)

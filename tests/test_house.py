@@ -513,7 +513,27 @@ BAD_VALUES = [
     "--total-episodes -1", "--epochs 0", "--device tpu", "--eval-episodes 0", "--gamma 1.5", "--gamma nan",
     "--gae-lambda -0.1", "--learning-rate 0", "--learning-rate nan", "--num-envs 0", "--batch-size 0",
     "--clip-coef -1", "--max-grad-norm 0", "--temperature 0", "--beta -1",
+    "--kl-target 0", "--target-kl -1",
 ]  # fmt: skip
+
+
+@pytest.mark.parametrize("script", ["algos/ppo.py", "rlhf/dpo.py"])  # flat states, and networks by name
+def test_weights_that_are_not_finite_are_not_saved(script, trained, tmp_path, capsys):
+    module, folder = load_script(script), tmp_path / "run"
+    shutil.copytree(trained(script), folder)
+    saved = module.load_checkpoint(str(folder))
+    record = module.RunRecord(
+        module.parse_args(module.Args, module.PRESETS, ["--resume", str(folder)]), "run", 10**9, "cpu",
+        lambda: {key: part for key, part in saved.items() if key not in ("script", "args", "record")}, (), saved,
+    )  # fmt: skip
+    weights = saved["networks"]["policy"] if "networks" in saved else saved["agent"]
+    record.save()
+    next(iter(weights.values())).flatten()[0] = math.nan
+    kept = (folder / "model.pt").read_bytes()
+    with pytest.raises(SystemExit) as stop:
+        record.save()
+    assert stop.value.code == 1 and "is not finite" in capsys.readouterr().err
+    assert (folder / "model.pt").read_bytes() == kept
 
 
 @each_script

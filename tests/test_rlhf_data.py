@@ -209,9 +209,11 @@ def test_tiny_lm_writes_clean_sentences_that_end(lm):
 def test_readme_tells_the_truth(corpus, lm):
     text = (DATA / "README.md").read_text()
     for file in [*(DATA / "human_ratings").glob("*.gz"), DATA / "corpus" / "reviews.txt.gz",
-                 DATA / "tiny_lm" / "model.safetensors"]:  # fmt: skip
+                 DATA / "tiny_lm" / "model.safetensors", DATA / "tiny_lm" / "tokenizer.json"]:  # fmt: skip
         assert hashlib.sha256(file.read_bytes()).hexdigest() in text, file.name
+        assert f"{file.stat().st_size:,}" in text, file.name
     assert f"{len(corpus):,} reviews" in text
+    assert f"{sum(len(review.split()) for review in corpus):,} words" in text
     assert f"{sum(p.numel() for p in lm[1].parameters()):,} parameters" in text
 
 

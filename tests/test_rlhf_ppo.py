@@ -625,7 +625,11 @@ def fails(capsys, *flags: str) -> str:
         (["--batch-size", "9"], "multiple of --num-minibatches"),
         (["--gradient-accumulation", "3"], "cannot be shared by 3"),
         (["--temperature", "0"], "--temperature must be positive"),
-        (["--prompt-words", "50"], "prompts are empty"),
+        (["--prompt-words", "50"], "more than the 50 words of --prompt-words"),
+        (["--reward-batch-size", "3"], "must be even"),
+        (["--response-length", "1000"], "lower --response-length"),
+        (["--text-column", "rating"], "rows that are no text"),
+        (["--label-column", "text", "--votes-column", "None"], "rows that are no number"),
     ],
 )
 def test_bad_input(folders, capsys, flags, part):
