@@ -61,7 +61,7 @@ Deviations from the papers
  9. Priorities are corrected after all gradient steps of a phase, not after each single one.
 10. --repeat-random draws the length of an exploring move from a geometric distribution; Dabney et al.
     prefer a heavy-tailed one, and play the move to its end. Of 4,000 random episodes of MountainCar
-    9 % reach the goal at 0.95 and none at 0; whether training gains by it is not measured yet.
+    9 % reach the goal at 0.95 and none at 0; without it the preset learns nothing there (-200, seed 1).
 """
 
 from __future__ import annotations
