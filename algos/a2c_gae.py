@@ -37,8 +37,6 @@ Expect   Greedy return over 100 episodes at the end of training, seeds 101-110, 
          Acrobot-v1                   300k   not measured on fresh seeds yet
          Pendulum-v1                    1M   not measured on fresh seeds yet
 
-         LunarLander has no entropy bonus: rewarded for wavering, a landed craft goes on firing its side
-         engines (they cost next to nothing) and never comes to rest, which is what earns the last 100.
          GPU: not measured yet.
 
 Deviations from the paper
@@ -50,8 +48,10 @@ Deviations from the paper
  4. Adam instead of RMSprop, and actor and critic as separate networks; both flags lead back. A critic
     of its own can learn faster than the actor: --critic-epochs gives it several gradient steps per
     rollout, without which it lags behind the policy that it judges.
- 5. Advantages are not normalised. In a batch where nothing happens they are small and noisy;
-    normalised they would weigh as much as the batch with the crash.
+ 5. Advantages are not normalised, except on LunarLander. In a batch where nothing happens they are
+    small and noisy; normalised they weigh as much as those of the batch with the crash. There it helps:
+    a landed craft that idles with its side engines loses .03 a step and never rests, which would earn
+    the last 100; without normalisation 3 of 10 runs (seeds 101-110, 1M steps) stayed below 200.
  6. The learning rate is annealed to zero: without it the policy of a good moment is often lost.
  7. --reward-scale multiplies rewards inside the learner only (all scores are reported unscaled): it
     brings returns to the size at which the critic learns quickly.
@@ -167,8 +167,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         reward_scale=0.1,
     ),
     "LunarLander-v3": dict(
-        total_timesteps=1_000_000, num_envs=16, num_steps=64, learning_rate=3e-3, gamma=0.999, gae_lambda=0.98,
-        critic_epochs=6, reward_scale=0.05,
+        total_timesteps=1_500_000, num_envs=16, num_steps=64, learning_rate=3e-3, gamma=0.999, gae_lambda=0.98,
+        norm_adv=True, critic_epochs=6, reward_scale=0.05,
     ),
     "Acrobot-v1": dict(
         total_timesteps=300_000, num_envs=16, num_steps=64, learning_rate=3e-3, critic_epochs=4, reward_scale=0.1,
@@ -183,7 +183,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 def validate(args: Args) -> None:
     """Ends the program with one line if a setting makes no sense."""
     for name in ("total_timesteps", "num_envs", "num_steps", "hidden", "eval_episodes", "learning_rate",
-                 "critic_epochs", "max_grad_norm", "variance_every", "variance_steps"):  # fmt: skip
+                 "critic_epochs", "max_grad_norm", "reward_scale", "variance_every", "variance_steps"):  # fmt: skip
         if getattr(args, name) is not None and not getattr(args, name) > 0:
             fail(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
     for name in ("seed", "ent_coef", "vf_coef"):
@@ -205,6 +205,7 @@ def make_env(env_id: str, **kwargs: Any) -> gym.Env:
     """One environment with flat observations; ends the program with one line if there is none."""
     try:
         env = gym.make(env_id, disable_env_checker=True, **kwargs)
+        gym.spec(env_id.split(":")[-1])  # make guesses a missing version, spec does not
     except (gym.error.Error, ImportError) as error:
         fail(f"cannot make the environment {env_id!r}: {error}")
     if not (isinstance(env.observation_space, gym.spaces.Box) and len(env.observation_space.shape) == 1):
@@ -282,8 +283,8 @@ class Agent(nn.Module):
         """The actor as a NumPy function, act(obs [N, D], noise=None) -> actions [N] or [N, A].
 
         For one small batch a forward pass in NumPy takes a quarter of torch's time. On the CPU the
-        arrays below share memory with the parameters, so nothing is copied and the function always
-        acts on the current weights; from a GPU they are copied, so ask again after each update.
+        weights below share memory with the parameters, so nothing is copied; from a GPU they are copied,
+        as is the Gaussian's deviation everywhere, so ask again after each update.
         Without noise the action is the greedy one. Noise is standard Gumbel (argmax of logits plus
         Gumbel noise is a sample of the softmax) or standard normal.
         """

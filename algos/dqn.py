@@ -191,7 +191,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         total_timesteps=1_200_000, buffer_size=400_000, reward_scale=0.05, hidden=(128, 128),
     ),
     "Acrobot-v1": dict(
-        total_timesteps=300_000, num_envs=32, reward_scale=0.1,
+        total_timesteps=600_000, num_envs=32, buffer_size=600_000, n_step=1, reward_scale=0.1,
     ),
     "MountainCar-v0": dict(
         total_timesteps=300_000, num_envs=16, learning_rate=4e-3, train_frequency=64, gradient_steps=4, tau=0.05,
@@ -214,6 +214,8 @@ def validate(args: Args) -> None:
                  "prioritized_replay_alpha", "prioritized_replay_beta"):  # fmt: skip
         if not 0 <= getattr(args, name) <= 1:
             fail(f"--{name.replace('_', '-')} must lie in [0, 1], not {getattr(args, name)}")
+    if args.tau == 0 or args.repeat_random == 1:
+        fail("--tau must lie in (0, 1] and --repeat-random in [0, 1): nothing would ever change")
     if not args.hidden or min(args.hidden) < 1:
         fail(f"--hidden needs one positive number of units per layer, not {args.hidden}")
     if args.buffer_size < max(2 * args.num_envs, args.train_frequency):
@@ -229,6 +231,7 @@ def make_env(env_id: str, **kwargs: Any) -> gym.Env:
     """One environment with flat observations; ends the program with one line if there is none."""
     try:
         env = gym.make(env_id, disable_env_checker=True, **kwargs)
+        gym.spec(env_id.split(":")[-1])  # make guesses a missing version, spec does not
     except (gym.error.Error, ImportError) as error:
         fail(f"cannot make the environment {env_id!r}: {error}")
     if not (isinstance(env.observation_space, gym.spaces.Box) and len(env.observation_space.shape) == 1):
@@ -561,6 +564,9 @@ def train(args: Args) -> Path:
         updates, max_priority = saved["updates"], saved["max_priority"]
         rng.bit_generator.state = saved["rng"]
         if saved["memory"]:
+            for name in ("buffer_size", "num_envs", "prioritized", "reward_scale"):
+                if getattr(args, name) != saved["args"][name]:
+                    fail(f"the saved replay memory needs its own --{name.replace('_', '-')}: {saved['args'][name]}")
             replay.load_state_dict(saved["memory"][0])
             priorities.nodes = saved["memory"][1].numpy()
             print(f"going on with the replay memory of {replay.size:,} transitions")

@@ -588,6 +588,7 @@ def evaluate(args: Args, q_net: QNetwork, video_folder: Path | None = None) -> n
 def evaluate_saved(args: Args) -> None:
     """--eval: rebuilds the saved network, plays it and prints the score."""
     validate(args)
+    torch.set_num_threads(args.threads)
     saved = load_checkpoint(args.eval)
     env = make_env(args)
     device = pick_device(args.device, auto="cuda" if torch.cuda.is_available() else "cpu")

@@ -9,8 +9,8 @@
 
 PPO plays the current policy for a short while, estimates how much better than expected each action
 turned out (the advantage), and makes the good ones likelier. It takes several gradient steps on the
-same data; to keep them honest it stops rewarding a change once the new policy has moved more than a
-few percent away from the one that collected the data.
+same data; to keep them honest it stops rewarding a change once an action has become a fifth (eps) likelier
+or less likely than under the policy that collected the data.
 
     ratio_t = pi(a_t | s_t) / pi_old(a_t | s_t)
     maximise  mean_t  min( ratio_t * A_t,  clip(ratio_t, 1 - eps, 1 + eps) * A_t )
@@ -48,9 +48,9 @@ Deviations from the paper
  1. Endings. An episode that ends by its rules (terminated) is worth nothing afterwards; one cut by a
     time limit (truncated) is bootstrapped from the value of its true last observation. The paper and
     many codes treat both alike, which teaches that surviving to the limit is a death.
- 2. Advantages are normalised per minibatch, the gradient norm is clipped and the learning rate
-    annealed to zero: the paper's Atari code does so, its text does not. Annealing keeps what was
-    learnt; without it the policy of a good moment is often lost by the end.
+ 2. Advantages are normalised per minibatch and the gradient norm is clipped: the paper's code does so,
+    its text does not. The learning rate is annealed to zero, which the paper does on Atari only: it
+    keeps what was learnt; without it the policy of a good moment is often lost by the end.
  3. Value clipping is off (Andrychowicz et al. find that it does not help); --clip-vloss turns it on.
  4. Actor and critic are separate networks, so the value coefficient matters little under Adam.
  5. --reward-scale multiplies rewards inside the learner only (all scores are reported unscaled): it
@@ -195,19 +195,21 @@ PRESETS: dict[str, dict[str, Any]] = {
 def validate(args: Args) -> None:
     """Ends the program with one line if a setting makes no sense."""
     for name in ("total_timesteps", "num_envs", "num_steps", "num_minibatches", "update_epochs",
-                 "hidden", "eval_episodes", "learning_rate", "clip_coef", "max_grad_norm"):  # fmt: skip
+                 "hidden", "eval_episodes", "learning_rate", "clip_coef", "max_grad_norm", "reward_scale"):  # fmt: skip
         if not getattr(args, name) > 0:
             fail(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
     for name in ("seed", "ent_coef", "vf_coef", "kl_beta"):
         if not getattr(args, name) >= 0:
             fail(f"--{name.replace('_', '-')} must not be negative, but is {getattr(args, name)}")
-    if args.target_kl is not None and not args.target_kl > 0:
-        fail(f"--target-kl must be positive, not {args.target_kl}")
+    for name in ("target_kl", "kl_adaptive_target"):
+        if getattr(args, name) is not None and not getattr(args, name) > 0:
+            fail(f"--{name.replace('_', '-')} must be positive or None, not {getattr(args, name)}")
     for name in ("gamma", "gae_lambda"):
         if not 0 <= getattr(args, name) <= 1:
             fail(f"--{name.replace('_', '-')} must lie in [0, 1], not {getattr(args, name)}")
-    if args.num_envs * args.num_steps < 2 * args.num_minibatches:
-        fail("a rollout of num-envs * num-steps transitions needs at least two per minibatch")
+    if args.num_envs * (args.num_steps // 2) < 2 * args.num_minibatches:
+        fail("a rollout needs two transitions per minibatch, and every second row may only reset an environment: "
+             "raise --num-envs or --num-steps")  # fmt: skip
 
 
 # 2. Environment ---------------------------------------------------------------------------------
@@ -217,6 +219,7 @@ def make_env(env_id: str, **kwargs: Any) -> gym.Env:
     """One environment with flat observations; ends the program with one line if there is none."""
     try:
         env = gym.make(env_id, disable_env_checker=True, **kwargs)
+        gym.spec(env_id.split(":")[-1])  # make guesses a missing version, spec does not
     except (gym.error.Error, ImportError) as error:
         fail(f"cannot make the environment {env_id!r}: {error}")
     if not (isinstance(env.observation_space, gym.spaces.Box) and len(env.observation_space.shape) == 1):
@@ -311,8 +314,8 @@ class Agent(nn.Module):
         """The actor as a NumPy function, act(obs [N, D], noise=None) -> actions [N] or [N, A].
 
         For one small batch a forward pass in NumPy takes a quarter of torch's time. On the CPU the
-        arrays below share memory with the parameters, so nothing is copied and the function always
-        acts on the current weights; from a GPU they are copied, so ask again after each update.
+        weights below share memory with the parameters, so nothing is copied; from a GPU they are copied,
+        as is the Gaussian's deviation everywhere, so ask again after each update.
         Without noise the action is the greedy one. Noise is standard Gumbel (argmax of logits plus
         Gumbel noise is a sample of the softmax) or standard normal.
         """

@@ -64,6 +64,8 @@ Deviations from the papers
     rules does not. The books know no time limits.
  3. The time limit is counted here instead of by gymnasium's wrapper. That is faster, and truncation
     stands in the loop for you to see.
+ 4. Double Q-learning's two tables share one count of updates, so with alpha = 1 / n^power each moves by
+    somewhat smaller steps than van Hasselt's, who counts for each table.
 """
 
 from __future__ import annotations

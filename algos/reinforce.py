@@ -153,7 +153,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         total_timesteps=200_000, num_envs=16, learning_rate=2e-2, reward_scale=0.1, hidden=32,
     ),
     "LunarLander-v3": dict(
-        total_timesteps=2_000_000, num_envs=8, baseline="value", learning_rate=5e-3, critic_epochs=10, gamma=0.999,
+        total_timesteps=2_000_000, num_envs=4, baseline="value", learning_rate=5e-3, critic_epochs=10, gamma=0.98,
         reward_scale=0.05,
     ),
     "Acrobot-v1": dict(
@@ -165,7 +165,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 def validate(args: Args) -> None:
     """Ends the program with one line if a setting makes no sense."""
     for name in ("total_timesteps", "num_envs", "hidden", "eval_episodes", "learning_rate", "critic_epochs",
-                 "max_grad_norm", "variance_every", "variance_steps"):  # fmt: skip
+                 "max_grad_norm", "reward_scale", "variance_every", "variance_steps"):  # fmt: skip
         if getattr(args, name) is not None and not getattr(args, name) > 0:
             fail(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
     for name in ("seed", "ent_coef"):
@@ -186,6 +186,7 @@ def make_env(env_id: str, **kwargs: Any) -> gym.Env:
     """One environment with flat observations; ends the program with one line if there is none."""
     try:
         env = gym.make(env_id, disable_env_checker=True, **kwargs)
+        gym.spec(env_id.split(":")[-1])  # make guesses a missing version, spec does not
     except (gym.error.Error, ImportError) as error:
         fail(f"cannot make the environment {env_id!r}: {error}")
     if not (isinstance(env.observation_space, gym.spaces.Box) and len(env.observation_space.shape) == 1):
@@ -279,8 +280,8 @@ class Agent(nn.Module):
         """The actor as a NumPy function, act(obs [N, D], noise=None) -> actions [N] or [N, A].
 
         For one small batch a forward pass in NumPy takes a quarter of torch's time. On the CPU the
-        arrays below share memory with the parameters, so nothing is copied and the function always
-        acts on the current weights; from a GPU they are copied, so ask again after each update.
+        weights below share memory with the parameters, so nothing is copied; from a GPU they are copied,
+        as is the Gaussian's deviation everywhere, so ask again after each update.
         Without noise the action is the greedy one. Noise is standard Gumbel (argmax of logits plus
         Gumbel noise is a sample of the softmax) or standard normal.
         """

@@ -10,7 +10,9 @@ lines; here the policy must be the same for all, which no command line does.
 GAE's rollouts are as long as episodes here, so that lambda alone decides how far the critic is trusted, and
 lambda 1 has to agree with REINFORCE's value baseline. The variance does not see a bias; the cosine between
 the mean of an estimator's 32 and the mean of an unbiased estimator's 32 does. The unbiased one is lambda 1,
-and another draw of its own shows how far two means of 32 agree at best. Results: results/gradient_variance.csv.
+and another draw of its own shows how far two means of 32 agree at best. Where the time limit cuts an episode,
+lambda 1 and the value baseline ask the critic for the rest and the others count it as 0. Results:
+results/gradient_variance.csv.
 """
 
 from __future__ import annotations

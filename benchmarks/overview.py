@@ -80,7 +80,8 @@ def draw_overview() -> None:
         for color, (label, script) in zip(COLORS, LEARNERS, strict=False):
             for records, style, name in ((records_of("scores", script, env), "-", label),
                                          (rival(script, env), "--", f"{label}, Stable-Baselines3")):  # fmt: skip
-                curves = [(r["metrics"]["seconds"], r["metrics"]["charts/episodic_return"]) for r in records]
+                found = [r["metrics"] for r in records if not r["error"]]
+                curves = [(metrics["seconds"], metrics["charts/episodic_return"]) for metrics in found]
                 curves = [(x[np.isfinite(y)], y[np.isfinite(y)]) for x, y in curves]
                 if not curves:
                     continue

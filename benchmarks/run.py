@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import gzip
 import hashlib
 import importlib.util
@@ -88,6 +89,17 @@ def pack(metrics: str) -> bytes:
     return gzip.compress(out.getvalue().encode(), mtime=0)
 
 
+def changed_settings(variant: Variant, record: Record) -> list[str]:
+    """Settings of a finished run that the script's defaults and presets no longer give."""
+    if not variant.script.startswith("algos/") or "settings" not in record:
+        return []
+    script, then = load_script(variant.script), record["settings"]
+    now = dataclasses.asdict(script.Args()) | script.PRESETS.get(then["env"], {})
+    flags = re.findall(r" --(?:no-)?([a-z-]+)", record["command"])
+    same = {"run_dir", "seed", *(flag.replace("-", "_") for flag in flags)}
+    return [k for k, value in now.items() if k not in same and json.dumps(then.get(k, value)) != json.dumps(value)]
+
+
 def read_back(study: Study, variant: Variant, seed: int) -> tuple[Record | None, str]:
     """The record of a finished run, its metrics included; or None and what is wrong with the files."""
     csv_file, json_file = files_of(study, variant, seed)
@@ -101,6 +113,8 @@ def read_back(study: Study, variant: Variant, seed: int) -> tuple[Record | None,
         rows = list(csv.DictReader(io.StringIO(gzip.decompress(packed).decode())))
         if record["command"] != command_of(variant, seed):
             return None, "was run with other flags"
+        if other := changed_settings(variant, record):
+            return None, f"was run with other settings: {', '.join(other)}"
     except FileNotFoundError:
         return None, "is half finished"
     except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
@@ -323,6 +337,16 @@ def ratio_lines(study: Study, found: dict[Variant, list[Record]]) -> list[str]:
     return ["Seed by seed, where both got there:", "", *lines] if lines else []
 
 
+def seeds_of(found: dict[Variant, list[Record]]) -> str:
+    """Which seeds were run: most variants start at SEED, one tuned again after its first figures starts later."""
+    ranges: dict[str, list[int]] = {}
+    for variant, records in found.items():
+        for seed in (record["seed"] for record in records):
+            later = f" for {variant.label} ({variant.env})" if records[0]["seed"] >= SEED + 100 else ""
+            ranges.setdefault(later, []).append(seed)
+    return "Seeds " + ", ".join(f"{min(seeds)} to {max(seeds)}{which}" for which, seeds in sorted(ranges.items()))
+
+
 def table(study: Study, found: dict[Variant, list[Record]]) -> str:
     header = ["variant", "environment", "runs"]
     if not study.columns_only:
@@ -336,11 +360,10 @@ def table(study: Study, found: dict[Variant, list[Record]]) -> str:
     if not any(found.values()):
         return "Not measured yet."
     lines = ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows)]
-    seeds = sorted({record["seed"] for records in found.values() for record in records})
     missing = [v.label + (f" ({v.env})" if v.env else "") for v in shown if not found[v]]
-    misses = [f"- **Miss**: {v.label} ({v.env}), seed {record['seed']}: {record['error']}"
+    misses = [f"- **Miss**: {v.label}{f' ({v.env})' if v.env else ''}, seed {record['seed']}: {record['error']}"
               for v, records in found.items() for record in records if record["error"]]  # fmt: skip
-    notes = [f"Seeds {seeds[0]} to {seeds[-1]}; {sum(map(len, found.values()))} runs, one core each."]
+    notes = [f"{seeds_of(found)}; {sum(map(len, found.values()))} runs, one core each."]
     if missing:
         notes.append(f"Not measured yet: {', '.join(missing)}.")
     parts = [lines, [" ".join(notes)], misses, ratio_lines(study, found)]
