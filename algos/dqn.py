@@ -191,7 +191,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         total_timesteps=1_200_000, buffer_size=400_000, reward_scale=0.05, hidden=(128, 128),
     ),
     "Acrobot-v1": dict(
-        total_timesteps=600_000, num_envs=32, buffer_size=600_000, n_step=1, reward_scale=0.1,
+        total_timesteps=600_000, num_envs=32, buffer_size=600_000, gradient_steps=4, n_step=1, reward_scale=0.1,
     ),
     "MountainCar-v0": dict(
         total_timesteps=300_000, num_envs=16, learning_rate=4e-3, train_frequency=64, gradient_steps=4, tau=0.05,

@@ -107,12 +107,22 @@ def test_what_counts_as_done(home):
     assert run.read_back(STUDY, GOOD, 102) == (None, "")
     other = Variant(GOOD.label, GOOD.script, GOOD.env, GOOD.flags + " --gamma 0.9")
     assert run.read_back(STUDY, other, 101) == (None, "was run with other flags")
+    whole = json.loads(json_file.read_text())
+    settings = {"env": "CartPole-v1", "seed": 101, "gamma": 0.98, "total_timesteps": 4000}  # as the preset has it
+    for gamma, problem in ((0.98, ""), (0.5, "was run with other settings: gamma")):
+        json_file.write_text(json.dumps(whole | {"settings": settings | {"gamma": gamma}}))
+        assert run.read_back(STUDY, GOOD, 101)[1] == problem
     csv_file.unlink()
     assert run.read_back(STUDY, GOOD, 101) == (None, "is half finished")
     csv_file.write_bytes(b"not gzip")
     broken = json.loads(json_file.read_text()) | {"metrics_sha256": run.hashlib.sha256(b"not gzip").hexdigest()}
     json_file.write_text(json.dumps(broken))
     assert run.read_back(STUDY, GOOD, 101)[1] == "is damaged (BadGzipFile)"
+
+
+def test_seeds_are_named_with_their_variant():
+    found = {GOOD: [{"seed": 101}, {"seed": 110}], BAD: [{"seed": 201}, {"seed": 203}]}
+    assert run.seeds_of(found) == "Seeds 101 to 110, 201 to 203 for bad (CartPole-v1)"
 
 
 def test_lost_threshold_is_counted(home):

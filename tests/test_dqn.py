@@ -34,6 +34,49 @@ def network(saved, obs_dim, num_actions):
     return net
 
 
+@pytest.mark.parametrize("double", [True, False])
+def test_the_online_network_chooses_if_double(tmp_path, monkeypatch, double):
+    """What the update hands to td_target, against the online network's own values at the same moment."""
+    online, batches, same = [], [], []
+    init, batch, td_target = dqn.QNetwork.__init__, dqn.Replay.batch, dqn.td_target
+
+    def recorded_batch(self, *args):
+        batches.append(batch(self, *args))
+        return batches[-1]
+
+    def checked_td_target(returns, discounts, next_q, next_q_online=None):
+        expected = online[0](torch.from_numpy(batches[-1][4]))
+        assert (next_q_online is not None) == double
+        if double:
+            torch.testing.assert_close(next_q_online, expected)
+        same.append(torch.allclose(next_q, expected))
+        return td_target(returns, discounts, next_q, next_q_online)
+
+    monkeypatch.setattr(dqn.QNetwork, "__init__", lambda self, *args: (init(self, *args), online.append(self))[0])
+    monkeypatch.setattr(dqn.Replay, "batch", recorded_batch)
+    monkeypatch.setattr(dqn, "td_target", checked_td_target)
+    trained(tmp_path, "ProbeSign-v0", double=double, gradient_steps=1, total_timesteps=1000)
+    assert same[0] and not any(same[20:])  # the target network starts as a copy, and lags
+
+
+@pytest.mark.parametrize("beta", [0.0, 1.0])
+def test_importance_weights_and_kind_of_loss_reach_the_update(tmp_path, monkeypatch, beta):
+    seen, original = [], dqn.td_loss
+
+    def spy(predictions, targets, weights, kind):
+        assert kind == "huber"
+        seen.append(weights)
+        return original(predictions, targets, weights, kind)
+
+    monkeypatch.setattr(dqn, "td_loss", spy)
+    trained(
+        tmp_path, "ProbeSign-v0", prioritized=True, prioritized_replay_beta=beta, loss="huber", total_timesteps=1000
+    )
+    spread = [float(weights.max() - weights.min()) for weights in seen]
+    assert spread[-1] > 0.1  # beta ends at 1
+    assert beta == 1 or spread[1] < 0.2 * spread[-1]
+
+
 def same_weights(saved):
     return all(torch.equal(saved["q_net"][key], saved["target_net"][key]) for key in saved["q_net"])
 

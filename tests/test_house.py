@@ -536,6 +536,28 @@ def test_weights_that_are_not_finite_are_not_saved(script, trained, tmp_path, ca
     assert (folder / "model.pt").read_bytes() == kept
 
 
+@pytest.mark.parametrize("script", [f"algos/{name}.py" for name in ("ppo", "dqn", "a2c_gae", "reinforce")])
+@pytest.mark.parametrize("anneal", [True, False])
+def test_learning_rate_is_annealed_where_it_counts(script, anneal, tmp_path, monkeypatch):
+    rates, original = [], torch.optim.Adam.step
+
+    def spy(self, *args, **kwargs):
+        rates.append(self.param_groups[0]["lr"])
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", spy)
+    module, flag = load_script(script), "--anneal-lr" if anneal else "--no-anneal-lr"
+    flags = [*tiny(script), "--learning-rate", "0.004", "--run-dir", str(tmp_path), flag]
+    module.train(module.parse_args(module.Args, module.PRESETS, flags))
+    assert len(rates) > 3 and max(rates) <= 0.004 and rates == sorted(rates, reverse=True)
+    assert rates[-1] < 0.7 * rates[0] if anneal else set(rates) == {0.004}
+
+
+@pytest.mark.parametrize("script", [f"algos/{name}.py" for name in ("ppo", "dqn", "a2c_gae", "reinforce")])
+def test_environment_without_version_gets_one_line(script, capsys, tmp_path):
+    assert "CartPole" in refusal(capsys, script, *tiny(script), "--env", "CartPole", "--run-dir", tmp_path)
+
+
 @each_script
 def test_bad_value_gets_one_line(script, capsys, tmp_path):
     known = load_script(script).Args.__dataclass_fields__
