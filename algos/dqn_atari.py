@@ -34,7 +34,7 @@ Run      python algos/dqn_atari.py
 Expect   Steps a second of ALE/Pong-v5, medians on an AMD EPYC with nothing else running, torch 2.13,
          with a gradient step on 32 transitions every 4 steps (--train-frequency 32; the preset's 64 does
          with half as many): 81 on one core, 107 on two (--threads 2); with --bf16, which this processor
-         computes itself, 136 on one and no more on two. (Before deviation 5 was added; the preset with it and --bf16: 193.)
+         computes itself, 136 on one and no more on two. (Taken before deviation 5 was added. The run below made 193.)
          Pong: one run of the preset, seed 101, with --bf16: 300,000 steps in 26 minutes on one core beside other
          work. The last 100 games ended at -12.4 on average, and rising; ten greedy games after training at -6.8
          (a random player has -20.7, perfect is 21). No claim beyond it (benchmarks.md has the curve).

@@ -1,6 +1,7 @@
 """DQN: the mathematics against independent definitions, the replay memory, the extensions, learning."""
 
 import csv
+import dataclasses
 import json
 import math
 
@@ -516,11 +517,23 @@ def test_resume_restores_the_memory_that_was_saved(tmp_path, capsys):
         assert abs(resumed["updates"] - saved["updates"] - steps / 8) <= 3  # every other row only resets
 
 
+@pytest.mark.parametrize("change", [dict(buffer_size=500), dict(num_envs=4), dict(prioritized=True)])
+def test_resume_with_a_memory_of_another_kind_gets_one_line(tmp_path, capsys, change):
+    args = settings(tmp_path, "ProbeSign-v0", total_timesteps=1000, buffer_size=1000, save_buffer=True)
+    args.resume, before = str(dqn.train(args)), capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        dqn.train(dataclasses.replace(args, total_timesteps=1600, **change))
+    message = f"needs its own --{next(iter(change)).replace('_', '-')}"
+    assert stop.value.code == 2 and message in capsys.readouterr().err and not before.err.count("error")
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
         ("--tau 1.5", "--tau must lie in [0, 1]"),
         ("--n-step 0", "--n-step must be positive"),
+        ("--tau 0", "--tau must lie in (0, 1]"),
+        ("--repeat-random 1", "--repeat-random in [0, 1)"),
         ("--prioritized --no-replay", "--no-replay"),
         ("--buffer-size 10", "--buffer-size"),
         ("--hidden 0", "--hidden"),
