@@ -38,11 +38,12 @@ Expect   Steps a second of ALE/Pong-v5, medians on an AMD EPYC with nothing else
          Pong: one run of the preset, seed 101, with --bf16: 300,000 steps in 26 minutes on one core beside other
          work. The last 100 games ended at -12.4 on average, and rising; ten greedy games after training at -6.8
          (a random player has -20.7, perfect is 21). No claim beyond it (benchmarks.md has the curve).
-         Catch at 84 x 84 (tests/catch_env.py), 200 greedy episodes after 20,000 steps, at most 1, seeds 101
-         and 102, with --bf16 on one core beside other work (benchmarks/run.py catch --seeds 2):
-         ball that falls straight  .96 and .77 (asked: .9, so a miss on one seed), 63 s of training at most
-         ball that drifts          1.00 and 1.00, 53 s of training at most
-         the same, --frame-stack 1 -.07 and .04: one frame does not show which way the ball flies
+         Catch at 84 x 84 (tests/catch_env.py), 200 greedy episodes after 32,000 steps, at most 1, seeds 201 and
+         202 (20,000 steps missed on one of 101 and 102), with --bf16 on one core beside other work:
+         PYTHONPATH=tests python benchmarks/run.py catch --first-seed 201 --seeds 2
+         ball that falls straight  1.00 and 1.00, 75 s of training at most
+         ball that drifts          1.00 and 1.00, 81 s of training at most
+         the same, --frame-stack 1 .01 and .09: one frame does not show which way the ball flies
          GPU: not measured yet.
 
 Deviations from the papers

@@ -95,7 +95,7 @@ def changed_settings(variant: Variant, record: Record) -> list[str]:
         return []
     script, then = load_script(variant.script), record["settings"]
     now = dataclasses.asdict(script.Args()) | script.PRESETS.get(then["env"], {})
-    flags = re.findall(r" --(?:no-)?([a-z-]+)", record["command"])
+    flags = re.findall(r" --(?:no-)?([a-z0-9-]+)", record["command"])
     same = {"run_dir", "seed", *(flag.replace("-", "_") for flag in flags)}
     return [k for k, value in now.items() if k not in same and json.dumps(then.get(k, value)) != json.dumps(value)]
 
@@ -339,12 +339,14 @@ def ratio_lines(study: Study, found: dict[Variant, list[Record]]) -> list[str]:
 
 def seeds_of(found: dict[Variant, list[Record]]) -> str:
     """Which seeds were run: most variants start at SEED, one tuned again after its first figures starts later."""
-    ranges: dict[str, list[int]] = {}
-    for variant, records in found.items():
-        for seed in (record["seed"] for record in records):
-            later = f" for {variant.label} ({variant.env})" if records[0]["seed"] >= SEED + 100 else ""
-            ranges.setdefault(later, []).append(seed)
-    return "Seeds " + ", ".join(f"{min(seeds)} to {max(seeds)}{which}" for which, seeds in sorted(ranges.items()))
+    seeds = {variant: [record["seed"] for record in records] for variant, records in found.items() if records}
+    start = min(map(min, seeds.values()))
+    usual = [seed for those in seeds.values() if min(those) < start + 100 for seed in those]
+    parts = [f"Seeds {start} to {max(usual)}"]
+    for variant, those in seeds.items():
+        if min(those) >= start + 100:
+            parts.append(f"{min(those)} to {max(those)} for {variant.label} ({variant.env})")
+    return ", ".join(parts)
 
 
 def table(study: Study, found: dict[Variant, list[Record]]) -> str:

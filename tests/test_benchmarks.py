@@ -112,6 +112,9 @@ def test_what_counts_as_done(home):
     for gamma, problem in ((0.98, ""), (0.5, "was run with other settings: gamma")):
         json_file.write_text(json.dumps(whole | {"settings": settings | {"gamma": gamma}}))
         assert run.read_back(STUDY, GOOD, 101)[1] == problem
+    pixels = Variant("pixels", "algos/dqn_atari.py", "ALE/Pong-v5", "--bf16")
+    record = {"command": run.command_of(pixels, 101), "settings": {"env": "ALE/Pong-v5", "bf16": True}}
+    assert run.changed_settings(pixels, record) == []  # what was typed may differ from the preset
     csv_file.unlink()
     assert run.read_back(STUDY, GOOD, 101) == (None, "is half finished")
     csv_file.write_bytes(b"not gzip")
