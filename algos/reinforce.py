@@ -31,7 +31,7 @@ Expect   Greedy return over 100 episodes at the end of training, seeds 101-110, 
                                      steps    mean    worst   threshold reached, seconds to it
          CartPole-v1                  205k   500.0    500.0   475 by 10 of 10, median 0.6, slowest 0.8
          LunarLander-v3                 2M   179.3    129.9   200 by 3 of 10, after 27 to 30 s of about 170
-         Acrobot-v1                   300k   not measured on fresh seeds yet
+         Acrobot-v1                   300k   -84.2    -92.0   -100 by 10 of 10, median 4.7, slowest 10.7
 
          LunarLander's other seeds land too, but then idle with their side engines, which costs .03 a step, next
          to nothing in the noise of whole returns, and never come to rest, which would earn the last 100. Asked
