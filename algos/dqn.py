@@ -35,7 +35,7 @@ Expect   Greedy return over 100 episodes at the end of training, on seeds which 
          seconds were taken with nothing else running, the others beside other work.
 
                           steps    mean    worst   threshold reached, seconds to it
-         CartPole-v1       640k   500.0    499.9   475 by 10 of 10, median 2.1, slowest 3.2
+         CartPole-v1       640k   500.0    499.9   475 by 10 of 10, median 1.7, slowest 2.3
          LunarLander-v3    1.2M   248.3    222.2   200 by 10 of 10, median 57, slowest 92
          Acrobot-v1        600k   -86.5   -116.2   -100 by 10 of 10, median 47, slowest 53
          MountainCar-v0    300k  -106.2   -120.8   -110 by 8 of 10, 2 of them below it at the end

@@ -91,7 +91,7 @@ def pack(metrics: str) -> bytes:
 
 def changed_settings(variant: Variant, record: Record) -> list[str]:
     """Settings of a finished run that the script's defaults and presets no longer give."""
-    if not variant.script.startswith("algos/") or "settings" not in record:
+    if not variant.script.startswith("algos/") or not record.get("settings"):  # a failed run has none
         return []
     script, then = load_script(variant.script), record["settings"]
     now = dataclasses.asdict(script.Args()) | script.PRESETS.get(then["env"], {})
