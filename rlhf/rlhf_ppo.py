@@ -31,11 +31,11 @@ Run      python rlhf/rlhf_ppo.py
          accelerate launch --num-processes 2 rlhf/rlhf_ppo.py
          python rlhf/rlhf_ppo.py --eval runs/<folder>
 
-Expect   fresh seeds 101, 103, 104 and 105 (python benchmarks/run.py rlhf), each on one core: 178 s from Enter to
-         the prompt on a quiet machine (one seed), 196 to 228 beside other work; 1.07 GB. On 384 held-out
-         prompts, median before and after PPO (and the worst seed): judge's P(positive) .51 and .84 (.81), VADER
-         .17 and .52 (.47), sequence KL 4.3 (5.4) nats, distinct-2 .93 and .84 (.82), length 12.1 and 11.3 tokens
-         (at most 11 % shorter or longer), reference perplexity 53 and 41. Reward model on held-out human pairs:
+Expect   fresh seeds 101 to 105 (python benchmarks/run.py rlhf --seeds 5), each on one core: 178 s from Enter to
+         the prompt on a quiet machine (one seed), up to 228 beside other work; 1.07 GB. On 384 held-out
+         prompts, median before and after PPO (and the worst seed): judge's P(positive) .52 and .84 (.81), VADER
+         .18 and .52 (.47), sequence KL 4.5 (5.4) nats, distinct-2 .93 and .83 (.82), length 12.1 and 11.4 tokens
+         (at most 11 % shorter or longer), reference perplexity 53 and 40. Reward model on held-out human pairs:
          .82 right where the mean ratings are a grade or more apart, but .75 over all pairs; calibration error
          .017. A GPU and the other reward models are not measured yet.
 
