@@ -29,7 +29,7 @@ Run      python algos/a2c_gae.py
          python algos/a2c_gae.py --eval runs/<folder> --capture-video
 
 Expect   Greedy return over 100 episodes at the end of training, on seeds which nothing was tuned on: 101-110,
-         and 201-210 for LunarLander, where 101-110 had shown what deviation 5 says:
+         and 201-210 (--first-seed 201) for LunarLander, where 101-110 had shown what deviation 5 says:
          python benchmarks/run.py scores --only a2c --workers 1, one core of an AMD EPYC, torch 2.13.
 
                                      steps    mean    worst   threshold reached, seconds to it

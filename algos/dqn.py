@@ -30,7 +30,7 @@ Run      python algos/dqn.py
          python algos/dqn.py --eval runs/<folder> --capture-video
 
 Expect   Greedy return over 100 episodes at the end of training, on seeds which nothing was tuned on: 101-110, and
-         201-210 for LunarLander and Acrobot, whose presets changed after 101-110 had been seen;
+         201-210 for LunarLander and Acrobot, whose presets changed after 101-110 had been seen (--first-seed 201);
          python benchmarks/run.py scores --only dqn --workers 1, one core of an AMD EPYC, torch 2.13. CartPole's
          seconds were taken with nothing else running, the others beside other work.
 
@@ -353,8 +353,8 @@ def td_loss(predictions: Tensor, targets: Tensor, weights: Tensor | None, kind: 
 def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> None:
     """Scales all gradients by one factor where their common norm exceeds max_norm (Pascanu 2013, Algorithm 1).
 
-    What nn.utils.clip_grad_norm_ does, in an eighth of its time where nothing is to be clipped, as nearly
-    always here; for so small a network that is a tenth of a gradient step.
+    What nn.utils.clip_grad_norm_ does, but where nothing is to be clipped, as nearly always here, nothing is
+    multiplied either: for so small a network every call counts.
     """
     norm = torch.cat([parameter.grad.flatten() for parameter in parameters]).norm()
     if norm > max_norm:

@@ -66,6 +66,33 @@ def check_entropy_bonus_holds_the_policy_back(script, folder, **changes):
     assert entropies[0] < 0.3 and entropies[1] > 0.65
 
 
+def watch_td_targets(script, monkeypatch, double):
+    """Checks what each update hands to td_target against the online network's own values at that moment.
+
+    With double those are handed over, otherwise nothing is. Returns a list that fills during the run:
+    whether the target network's values were the online network's.
+    """
+    online, batches, same = [], [], []
+    init, batch, td_target = script.QNetwork.__init__, script.Replay.batch, script.td_target
+
+    def recorded_batch(self, *args):
+        batches.append(batch(self, *args))
+        return batches[-1]
+
+    def checked_td_target(returns, discounts, next_q, next_q_online=None):
+        expected = online[0](torch.from_numpy(batches[-1][4]))
+        assert (next_q_online is not None) == double
+        if double:
+            torch.testing.assert_close(next_q_online, expected)
+        same.append(torch.allclose(next_q, expected))
+        return td_target(returns, discounts, next_q, next_q_online)
+
+    monkeypatch.setattr(script.QNetwork, "__init__", lambda self, *args: (init(self, *args), online.append(self))[0])
+    monkeypatch.setattr(script.Replay, "batch", recorded_batch)
+    monkeypatch.setattr(script, "td_target", checked_td_target)
+    return same
+
+
 def check_one_line_of_error(script, args, message, capsys, folder):
     """Bad settings end the run with one line and status 2, and leave no file."""
     with pytest.raises(SystemExit) as stop:

@@ -8,6 +8,7 @@ import math
 import numpy as np
 import probes  # noqa: F401  (registers the probe environments)
 import pytest
+import small_runs
 import torch
 from conftest import load_script
 
@@ -37,25 +38,7 @@ def network(saved, obs_dim, num_actions):
 
 @pytest.mark.parametrize("double", [True, False])
 def test_the_online_network_chooses_if_double(tmp_path, monkeypatch, double):
-    """What the update hands to td_target, against the online network's own values at the same moment."""
-    online, batches, same = [], [], []
-    init, batch, td_target = dqn.QNetwork.__init__, dqn.Replay.batch, dqn.td_target
-
-    def recorded_batch(self, *args):
-        batches.append(batch(self, *args))
-        return batches[-1]
-
-    def checked_td_target(returns, discounts, next_q, next_q_online=None):
-        expected = online[0](torch.from_numpy(batches[-1][4]))
-        assert (next_q_online is not None) == double
-        if double:
-            torch.testing.assert_close(next_q_online, expected)
-        same.append(torch.allclose(next_q, expected))
-        return td_target(returns, discounts, next_q, next_q_online)
-
-    monkeypatch.setattr(dqn.QNetwork, "__init__", lambda self, *args: (init(self, *args), online.append(self))[0])
-    monkeypatch.setattr(dqn.Replay, "batch", recorded_batch)
-    monkeypatch.setattr(dqn, "td_target", checked_td_target)
+    same = small_runs.watch_td_targets(dqn, monkeypatch, double)
     trained(tmp_path, "ProbeSign-v0", double=double, gradient_steps=1, total_timesteps=1000)
     assert same[0] and not any(same[20:])  # the target network starts as a copy, and lags
 

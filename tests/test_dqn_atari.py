@@ -7,6 +7,7 @@ import json
 import gymnasium as gym
 import numpy as np
 import pytest
+import small_runs
 import torch
 from conftest import load_script
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
@@ -337,28 +338,16 @@ def test_target_network_lags(tmp_path):
 
 @pytest.mark.parametrize("double", [True, False])
 def test_the_target_network_values_and_the_online_one_chooses_if_double(tmp_path, monkeypatch, double):
-    """What the update hands to td_target, against the online network's own values at the same moment."""
-    online, batches, steps = [], [], []
-    init, batch, td_target = atari.QNetwork.__init__, atari.Replay.batch, atari.td_target
+    batch = atari.Replay.batch
 
-    def recorded_batch(self, slots, n_step, gamma):
+    def checked_batch(self, slots, n_step, gamma):
         assert (n_step, gamma) == (2, 0.9)
-        batches.append(batch(self, slots, n_step, gamma))
-        return batches[-1]
+        return batch(self, slots, n_step, gamma)
 
-    def checked_td_target(returns, discounts, next_q, next_q_online=None):
-        expected = online[0](torch.from_numpy(batches[-1][4]))
-        assert (next_q_online is not None) == double
-        if double:
-            torch.testing.assert_close(next_q_online, expected)
-        steps.append(torch.allclose(next_q, expected))
-        return td_target(returns, discounts, next_q, next_q_online)
-
-    monkeypatch.setattr(atari.QNetwork, "__init__", lambda self, *args: (init(self, *args), online.append(self))[0])
-    monkeypatch.setattr(atari.Replay, "batch", recorded_batch)
-    monkeypatch.setattr(atari, "td_target", checked_td_target)
+    monkeypatch.setattr(atari.Replay, "batch", checked_batch)
+    same = small_runs.watch_td_targets(atari, monkeypatch, double)
     trained(tmp_path, CATCH, double=double, n_step=2, gamma=0.9, target_network_frequency=10_000)
-    assert steps[0] and not any(steps[1:]) and len(steps) > 10  # the two networks part ways at the first step
+    assert same[0] and not any(same[1:]) and len(same) > 10  # the two networks part ways at the first step
 
 
 def test_schedules_are_followed_and_epsilon_is_the_share_of_random_actions(tmp_path, monkeypatch):

@@ -556,6 +556,14 @@ def test_summary_samples_and_columns(small_run):
     assert rows[-1].split(",")[0] == str(2 * 40 // 2 + 2 * 40 + 16)  # SFT texts, rated texts, episodes
 
 
+def test_transformer_as_reward_reads_the_beginning_of_a_long_text():
+    lm, tokenizer = tiny_lm(), tiny_tokenizer(["good", "bad"])
+    reward, room = rlhf.Reward("lm", lm, tokenizer, -1), lm.config.max_position_embeddings
+    text = " ".join(["good"] * (3 * room))
+    long, other = reward([text, text + " bad"])
+    assert long.item() == other.item() != reward(["good bad"]).item()
+
+
 def test_reward_model_of_people_is_learnt(folders):
     folder = run(*folders[1], *SMALL, "--total-episodes", "0", "--reward-model", "lm", "--reward-learning-rate", "3e-3",
                  "--reward-epochs", "15")  # fmt: skip
