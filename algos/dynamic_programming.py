@@ -381,12 +381,14 @@ def exact_scores(mdp: MDP, actions: np.ndarray) -> dict[str, float]:
     return scores
 
 
+EVAL_SEED = 1_000_000_000  # as in the other scripts, far from their training seeds
+
+
 def evaluate(args: Args, mdp: MDP, actions: np.ndarray, video_folder: Path | None = None) -> np.ndarray:
     """Undiscounted returns of simulated episodes, [episodes]: the world itself checks our arrays."""
-    seed = args.seed * 10_000 + 5_000
     returns = np.zeros(args.eval_episodes)
     if args.env == "GridWorld":  # this world is nothing but arrays: play all episodes at once
-        rng = np.random.default_rng(seed)
+        rng = np.random.default_rng(EVAL_SEED + args.seed)
         obs = rng.choice(len(mdp.start), size=len(returns), p=mdp.start)
         for _ in range(mdp.limit):
             returns += mdp.R[obs, actions[obs]]
@@ -398,7 +400,7 @@ def evaluate(args: Args, mdp: MDP, actions: np.ndarray, video_folder: Path | Non
         env = gym.wrappers.RecordVideo(env, str(video_folder), episode_trigger=lambda n: n < 3, disable_logger=True)
     policy = actions.tolist()
     for episode in range(args.eval_episodes):
-        obs, _ = env.reset(seed=seed if episode == 0 else None)
+        obs, _ = env.reset(seed=EVAL_SEED + args.seed if episode == 0 else None)
         done = False
         while not done:
             obs, reward, terminated, truncated, _ = env.step(policy[obs])

@@ -40,17 +40,18 @@ Run      python algos/q_learning.py
          python algos/q_learning.py --algorithm td0 --policy random
          python algos/q_learning.py --eval runs/<folder> --eval-episodes 10000
 
-Expect   (exact return of the learned greedy policy; median and worst of seeds 101-110, 8x8: 111-120)
+Expect   (exact return of the learned greedy policy; median and worst of seeds 101-110, 8x8: 101-120)
          FrozenLake-v1                         400k steps     .7402    .7402    the best possible .7442
          FrozenLake-v1 --no-is-slippery         30k steps    1        1         the best possible 1
-         FrozenLake8x8-v1                        3M steps     .8932    .8924    the best possible .9132
+         FrozenLake8x8-v1                        3M steps     .8932    .7976    the best possible .9132
          CliffWalking-v1                       100k steps   -13      -13        the best possible -13
          CliffWalking-v1 --algorithm sarsa     100k steps   -15      -17        keeps off the edge
          Taxi-v4                               300k steps     7.93     7.93     the best possible 7.93
          While they explore, the last 100 episodes on CliffWalking return -53 with q-learning and -22
          with sarsa (medians): Example 6.6 of Sutton & Barto. One core of an AMD EPYC, nothing
          else running: FrozenLake 2.9 s (slowest 3.2), 137,000 steps a second; not slippery .25 s (.31).
-         FrozenLake8x8 took a median of 24 s, beside other work.
+         FrozenLake8x8 passes .85 after a median of 13 s (16) beside other work, and holds it on 19 of 20
+         seeds; the second worst has .8924.
 
 Results  summary.json: success_rate with its 95 % interval, from the evaluation episodes. Where the rules
          are known also, exactly: exact_return of the learned policy within the time limit (on
@@ -553,6 +554,9 @@ def wilson_interval(successes: int, trials: int, z: float = 1.96) -> tuple[float
     return middle - half, middle + half
 
 
+EVAL_SEED = 1_000_000_000  # far from every seed that training uses
+
+
 def evaluate(args: Args, policy: np.ndarray, video_folder: Path | None = None) -> tuple[np.ndarray, dict[str, float]]:
     """Undiscounted returns [episodes] of policy [S, A], and its success rate with Wilson's 95 % interval.
 
@@ -563,11 +567,11 @@ def evaluate(args: Args, policy: np.ndarray, video_folder: Path | None = None) -
     first_action = int(env.action_space.start)
     if video_folder:
         env = gym.wrappers.RecordVideo(env, str(video_folder), episode_trigger=lambda n: n < 3, disable_logger=True)
-    rng = random.Random(args.seed * 10_000 + 5_000)
+    rng = random.Random(EVAL_SEED + args.seed)
     actions, weights = range(policy.shape[1]), policy.tolist()
     returns, successes = np.zeros(args.eval_episodes), 0
     for episode in range(args.eval_episodes):
-        obs, _ = env.reset(seed=args.seed * 10_000 + 5_000 if episode == 0 else None)
+        obs, _ = env.reset(seed=EVAL_SEED + args.seed if episode == 0 else None)
         for _ in range(limit):
             action = rng.choices(actions, weights[row(obs)])[0]
             obs, reward, terminated, truncated, _ = env.step(first_action + action)

@@ -24,6 +24,19 @@ def bootstrap(values: np.ndarray, draws: int = 4000) -> tuple[np.ndarray, np.nda
     return low, high
 
 
+def interquartile_mean(scores: np.ndarray, draws: int = 4000) -> tuple[float, float, float]:
+    """Mean of the middle half of scores [seeds, tasks], and its 95 % interval, seeds resampled task by task.
+
+    Agarwal et al. 2021, Deep RL at the Edge of the Statistical Precipice, arXiv 2108.13264.
+    """
+    seeds, tasks = scores.shape
+    picks = np.random.default_rng(0).integers(seeds, size=(draws, seeds, tasks))
+    samples = np.concatenate([scores[None], scores[picks, np.arange(tasks)]])  # [1 + draws, seeds, tasks]
+    middle = np.sort(samples.reshape(1 + draws, -1))[:, scores.size // 4 : scores.size - scores.size // 4].mean(1)
+    low, high = np.percentile(middle[1:], [2.5, 97.5])
+    return float(middle[0]), float(low), float(high)
+
+
 def reward_threshold(env: str | None) -> float | None:
     import gymnasium
 
@@ -34,13 +47,16 @@ def reward_threshold(env: str | None) -> float | None:
 
 
 def value_of(record: Record, key: str) -> float | None:
-    """A number of one run: a metric's column (over its last tenth, or "<column> max"), or a dotted key."""
+    """A number of one run: a metric's column (over its last tenth, its "<column> max", or "<column> step", the
+    median difference of neighbouring rows), or a dotted key."""
     column, _, how = key.partition(" ")
-    if "/" in column:
+    if "/" in column or how:
         values = record["metrics"].get(column, np.array([]))
         values = values[np.isfinite(values)]
         if not len(values):
             return None
+        if how == "step":
+            return float(np.median(np.diff(values))) if len(values) > 1 else None
         return float(values.max() if how == "max" else values[-max(len(values) // 10, 1) :].mean())
     value: Any = record["summary"] | {k: record[k] for k in ("wall_seconds", "peak_memory_mb")}
     for part in key.split("."):
@@ -108,7 +124,8 @@ def draw_panel(axis: Any, group: Group, panel: Panel, found: dict[Variant, list[
             axis.set_xticks(x, [f"{value:g}" for value in x], minor=False)
             axis.minorticks_off()
             axis.yaxis.set_major_formatter(mpl.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
-            axis.yaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 5)))
+            ticks = (1, 2, 5) if y.max() > 5 * y.min() else range(1, 10)
+            axis.yaxis.set_major_locator(mpl.ticker.LogLocator(subs=ticks))
         return bool(points)
     if panel.bottom is not None:
         axis.set_ylim(bottom=panel.bottom)
@@ -141,7 +158,13 @@ def draw(study: Study, found: dict[Variant, list[Record]], file: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    groups = [group for group in study.groups if any(found[variant] for variant in group.variants)]
+    def measured(group: Group) -> bool:
+        """Dynamic programming has no training return: a group of such runs alone is left out."""
+        records = [record for variant in group.variants for record in found[variant]]
+        shown = group.panels or study.panels
+        return any(panel.kind != "curves" or panel.key in r["metrics"] for panel in shown for r in records)
+
+    groups = [group for group in study.groups if measured(group)]
     labels = list(dict.fromkeys(variant.label for group in groups for variant in group.variants))
     panels = [list(group.panels or study.panels) for group in groups]
     if not groups:

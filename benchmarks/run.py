@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from figure import bootstrap, draw, reward_threshold, value_of, values_of
+from figure import bootstrap, draw, interquartile_mean, reward_threshold, value_of, values_of
 from studies import ROOT, SEED, STUDIES, Study, Variant
 
 HOME = ROOT / "benchmarks"  # results/ and figures/ lie here
@@ -148,6 +148,12 @@ def cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
+def here(settings: Record) -> Record:
+    """The settings with paths into the repository as seen from it: a result names no folder of its machine."""
+    inside, kept = str(ROOT) + os.sep, {k: v for k, v in settings.items() if k != "run_dir"}
+    return {k: v.removeprefix(inside) if isinstance(v, str) else v for k, v in kept.items()}
+
+
 class Run:
     """One process: a variant with a seed, from its start until its two files are written."""
 
@@ -205,13 +211,14 @@ class Run:
             "command": command_of(self.variant, self.seed),
             "error": (self.stopped or last.replace(str(self.folder), "")) if failed else None,
             "wall_seconds": round(wall, 3), "peak_memory_mb": self.memory, "summary": summary,
-            "device": config.get("device"), "settings": config.get("args"), "versions": versions,
+            "device": config.get("device"), "settings": here(config.get("args", {})), "versions": versions,
             "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "system": platform.system()},
             "pinned": self.core is not None, "metrics_sha256": hashlib.sha256(packed).hexdigest(),
             "script_sha256": hashlib.sha256((ROOT / self.variant.script).read_bytes()).hexdigest(),
         }  # fmt: skip
-        if record["settings"]:
-            record["settings"].pop("run_dir", None)
+        for variant, name in self.study.pictures:
+            if variant == self.variant and self.seed == SEED and (folder / name).is_file():
+                write_whole(HOME / "figures" / f"{self.study.name}_{name}", (folder / name).read_bytes())
         csv_file, json_file = files_of(self.study, self.variant, self.seed)
         write_whole(csv_file, packed)
         write_whole(json_file, (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode())
@@ -337,6 +344,24 @@ def ratio_lines(study: Study, found: dict[Variant, list[Record]]) -> list[str]:
     return ["Seed by seed, where both got there:", "", *lines] if lines else []
 
 
+def aggregate_lines(study: Study, found: dict[Variant, list[Record]]) -> list[str]:
+    """The interquartile mean over seeds and tasks of every script that has been run on all of study.random."""
+    scores: dict[str, list[np.ndarray]] = {}
+    for env, chance in study.random.items():
+        for variant, records in found.items():
+            if variant.env == env and len(values := values_of(records, "eval_return_mean")):
+                scores.setdefault(variant.label, []).append((values - chance) / (reward_threshold(env) - chance))
+    lines = []
+    for label, tasks in scores.items():
+        if len(tasks) == len(study.random):
+            seeds = min(map(len, tasks))
+            middle, low, high = interquartile_mean(np.stack([task[:seeds] for task in tasks], axis=1))
+            lines.append(f"- {label}: {middle:.3f} [{low:.3f}, {high:.3f}]")
+    tasks = " and ".join([", ".join(list(study.random)[:-1]), *list(study.random)[-1:]])
+    title = f"Interquartile mean over the seeds of {tasks}, 0 for random actions, 1 for the threshold:"
+    return [title, "", *lines] if lines else []
+
+
 def seeds_of(found: dict[Variant, list[Record]]) -> str:
     """Which seeds were run: most variants start at SEED, one tuned again after its first figures starts later."""
     seeds = {variant: [record["seed"] for record in records] for variant, records in found.items() if records}
@@ -368,7 +393,7 @@ def table(study: Study, found: dict[Variant, list[Record]]) -> str:
     notes = [f"{seeds_of(found)}; {sum(map(len, found.values()))} runs, one core each."]
     if missing:
         notes.append(f"Not measured yet: {', '.join(missing)}.")
-    parts = [lines, [" ".join(notes)], misses, ratio_lines(study, found)]
+    parts = [lines, [" ".join(notes)], misses, aggregate_lines(study, found), ratio_lines(study, found)]
     return "\n\n".join("\n".join(part) for part in parts if part)
 
 

@@ -8,7 +8,7 @@ variant may stand in several groups; it is run once. Seeds start at 101: 1 to 10
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -77,9 +77,13 @@ class Study:
     panels: Sequence[Panel] = (Panel("charts/episodic_return", "mean return of the last 100 training episodes"),)
     columns: Sequence[tuple[str, str]] = ()
     """more columns of the table: header and key, as in Panel; a metric's is its mean over the last tenth of the run,
-    with " max" behind the key its greatest value"""
+    with " max" behind the key its greatest value, with " step" the median difference of two neighbouring rows"""
     ratios: Sequence[tuple[Variant, Variant]] = ()
     """pairs whose speeds are compared seed by seed"""
+    random: Mapping[str, float] = field(default_factory=dict)
+    """mean return of random actions in the tasks over which a script's scores are aggregated"""
+    pictures: Sequence[tuple[Variant, str]] = ()
+    """pictures that a run leaves in its folder, kept from the variant's first seed as figures/<study>_<picture>"""
     columns_only: bool = False
     """leave out the columns of episodic scripts"""
     peers: bool = False
@@ -154,6 +158,7 @@ SCORES = Study(
     "scores", "Scores",
     "What does every script reach on every environment it has settings for, and how long does that take?",
     score_groups(), (RETURN,),
+    random={"CartPole-v1": 21.8, "LunarLander-v3": -185.4, "Acrobot-v1": -498.4},  # 300 episodes, seed 1
 )  # fmt: skip
 
 # Q-learning ------------------------------------------------------------------------------------
@@ -187,7 +192,7 @@ Q_LEARNING = Study(
                for name in ("Q-learning", "SARSA", "Expected SARSA", "Double Q-learning")],
               [replace(RETURN, bottom=-200)]),
     ],
-    columns=[("exact value of the greedy policy", "exact_return")],
+    columns=[("exact value of the greedy policy", "exact_return")], pictures=[(Q_DEFAULT, "q_table.png")],
 )  # fmt: skip
 
 # DQN -------------------------------------------------------------------------------------------
@@ -326,14 +331,19 @@ CATCH = Study(
 )  # fmt: skip
 
 # RLHF ------------------------------------------------------------------------------------------
-# About 150 s a run. Three seeds of everything and two more of the default: 28 minutes of one core.
+# About 165 s a run, 5 variants. Three seeds of everything and two more of the default: 47 minutes of one core.
 
 RLHF, TEXTS = "rlhf/rlhf_ppo.py", "charts/episodes"
+RLHF_DEFAULT = Variant("log sigmoid of the score, β 0.05 (default)", RLHF)
 RLHF_STUDY = Study(
     "rlhf", "RLHF: reward, judge and the price of KL",
     "Where does a better score stop being a better text?",
-    [Group("PPO on human ratings", [
-        Variant("log sigmoid of the score, β 0.05 (default)", RLHF),
+    [Group("The price of KL", [
+        Variant("log sigmoid of the score, β 0.02", RLHF, flags="--kl-coef 0.02"), RLHF_DEFAULT,
+        Variant("log sigmoid of the score, β 0.15", RLHF, flags="--kl-coef 0.15"),
+    ], ordered=True),
+     Group("Without a ceiling", [
+        RLHF_DEFAULT,
         Variant("the score itself, β 0.05", RLHF, flags="--reward-shaping none"),
         Variant("the score itself, β 0.01", RLHF, flags="--reward-shaping none --kl-coef 0.01"),
     ])],
@@ -397,8 +407,34 @@ SCALING = Study(
      scaling("hidden width", PPO, "hidden", (16, 64, 256, 1024)),
      scaling("replay size", DQN, "buffer-size", (1_000, 10_000, 100_000, 1_000_000)),
      scaling("batch size", DQN, "batch-size", (32, 128, 512, 2048))],
-    columns=[("peak memory, MB", "peak_memory_mb")],
+    columns=[("training, s", "train_seconds"), ("steps per second", "sps"), ("peak memory, MB", "peak_memory_mb")],
+    columns_only=True,
+)  # fmt: skip
+
+# An iteration of RLHF: rollout, rewards and the update. At temperature 100 every token is about as likely as any
+# other, so that no text ends early and the length of a response is the one asked for. SFT and the training of the
+# reward model are left out. About 30 s a run, 7 variants; three seeds: 10 minutes of one core.
+
+NO_END = "--temperature 100 --sft-epochs 0 --reward-epochs 0 --eval-episodes 2 --eval-every 1000"
+
+
+def iteration(title: str, flag: str, sizes: Sequence[tuple[int, int, int]]) -> Group:
+    """sizes: value of the flag, tokens a response may have, texts an iteration."""
+    size = "--response-length {} --batch-size {} --total-episodes {}"
+    variants = [Variant(f"{flag} {value}", RLHF, x=value, flags=f"{NO_END} {size.format(length, texts, 5 * texts)}")
+                for value, length, texts in sizes]  # fmt: skip
+    return Group(title, variants, [Panel("seconds step", "seconds of an iteration", "scaling", title),
+                                   Panel("peak_memory_mb", "peak memory, MB", "scaling", title)])  # fmt: skip
+
+
+RLHF_SCALING = Study(
+    "rlhf_scaling", "How an iteration of RLHF grows",
+    "What does a longer response cost, and what a larger batch?",
+    [iteration("tokens a response", "response-length", [(length, length, 64) for length in (6, 12, 24, 48)]),
+     iteration("texts an iteration", "batch-size", [(texts, 12, texts) for texts in (16, 64, 256)])],
+    columns=[("an iteration, s", "seconds step"), ("peak memory, MB", "peak_memory_mb")], columns_only=True,
 )  # fmt: skip
 
 STUDIES = {study.name: study for study in (SCORES, Q_LEARNING, DQN_STUDY, POLICY_GRADIENT, PPO_STUDY, PPO_LANDER,
-                                           PONG, CATCH, RLHF_STUDY, AGAINST_OTHERS, SCALING)}  # fmt: skip
+                                           PONG, CATCH, RLHF_STUDY, AGAINST_OTHERS, SCALING,
+                                           RLHF_SCALING)}  # fmt: skip

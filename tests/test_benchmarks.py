@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+import scipy.stats
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -147,6 +148,46 @@ def test_bootstrap_known_cases():
     error = values.std(0) / 20
     assert np.allclose(low, values.mean(0) - 1.96 * error, atol=0.15 * error.max())
     assert np.allclose(high, values.mean(0) + 1.96 * error, atol=0.15 * error.max())
+
+
+def test_interquartile_mean_and_what_it_is_taken_over(home):
+    assert figure.interquartile_mean(np.array([[0.0], [2.0], [4.0], [100.0]]))[0] == 3  # the outlier does not count
+    scores = np.random.default_rng(1).normal(1, 0.1, size=(50, 4))
+    middle, low, high = figure.interquartile_mean(scores)
+    assert np.isclose(middle, scipy.stats.trim_mean(scores, 0.25, axis=None))
+    assert 0.95 < low < middle < high < 1.05 and 0.015 < high - low < 0.05
+    # Resampled task by task: seeds that agree in each task leave no doubt, however far apart the tasks are.
+    assert figure.interquartile_mean(np.tile([0.0, 1.0], (5, 1)))[1:] == (0.5, 0.5)
+
+    study = Study("two", "", "", [Group("", [GOOD])], random={"CartPole-v1": 25.0})
+    for seed, score in ((101, 475.0), (102, 250.0)):
+        write_result(study, GOOD, seed, eval_return_mean=score)
+    assert run.aggregate_lines(study, run.collect(study))[2:] == ["- good: 0.750 [0.500, 1.000]"]
+    alone = Study("two", "", "", [Group("", [GOOD])], random={"CartPole-v1": 25.0, "Acrobot-v1": -500.0})
+    assert run.aggregate_lines(alone, run.collect(alone)) == []  # not run on all tasks
+
+
+def test_results_name_no_folder_of_the_machine():
+    inside = str(ROOT / "rlhf" / "data" / "tiny_lm")
+    assert run.here({"model": inside, "run_dir": "/x", "seed": 1}) == {"model": "rlhf/data/tiny_lm", "seed": 1}
+    for file in (ROOT / "benchmarks" / "results").glob("*/*.json"):
+        assert not re.search(r'"/[a-z]', file.read_text()), file
+
+
+def test_a_picture_of_the_first_seed_is_kept(home, monkeypatch):
+    study = Study("small", "Small", "Does it work?", [Group("", [GOOD])], pictures=[(GOOD, "curves.png")])
+    monkeypatch.setitem(studies.STUDIES, "small", study)
+    run.main(["small", "--seeds", "2"])
+    kept = home / "benchmarks" / "figures" / "small_curves.png"
+    assert kept.read_bytes().startswith(b"\x89PNG")
+
+
+def test_numbers_of_a_run():
+    metrics = {"seconds": np.array([1.0, 2.0, np.nan, 4.0, 9.0]), "m/x": np.array([1.0, 5.0, 3.0])}
+    record = {"summary": {"a": {"b": 2}}, "wall_seconds": 1, "peak_memory_mb": 3, "metrics": metrics}
+    for key, value in {"seconds step": 2, "m/x": 3, "m/x max": 5, "a.b": 2, "a.c": None, "peak_memory_mb": 3,
+                       "missing step": None}.items():  # fmt: skip
+        assert figure.value_of(record, key) == value, key
 
 
 def test_curves_share_the_grid_where_all_seeds_have_values():
