@@ -338,7 +338,8 @@ def ratio_lines(study: Study, found: dict[Variant, list[Record]]) -> list[str]:
                     for seed in by_seed[0] if by_seed[0][seed] and by_seed[1].get(seed)]  # fmt: skip
             if logs:
                 low, middle, high = np.exp([min(logs), np.mean(logs), max(logs)])
-                parts.append(f"{name} {middle:.1f} × as good ({low:.1f} to {high:.1f}, {len(logs)} seeds)")
+                spread = f"{low:.1f} to {high:.1f}, {len(logs)} seeds" if len(logs) > 1 else "1 seed"
+                parts.append(f"{name} {middle:.1f} × as good ({spread})")
         if parts:
             lines.append(f"- {one.label} over {other.label}, {one.env}: {'; '.join(parts)}")
     return ["Seed by seed, where both got there:", "", *lines] if lines else []
