@@ -1,9 +1,10 @@
 """How noisy is the policy gradient? Ten estimators judge one and the same policy.
 
     python benchmarks/gradient_variance.py            measures what is not there yet, draws, writes the table
+    python benchmarks/gradient_variance.py --env LunarLander-v3 --seeds 3
     python benchmarks/gradient_variance.py --draw-only
 
-A2C trains a policy and a critic on CartPole-v1. At three moments each estimator draws 32 independent
+A2C trains a policy and a critic with its preset. At three moments each estimator draws 32 independent
 gradient estimates of 2,048 environment steps from that policy, with that critic. run.py compares command
 lines; here the policy must be the same for all, which no command line does.
 
@@ -12,26 +13,30 @@ lambda 1 has to agree with REINFORCE's value baseline. The variance does not see
 the mean of an estimator's 32 and the mean of an unbiased estimator's 32 does. The unbiased one is lambda 1,
 and another draw of its own shows how far two means of 32 agree at best. Where the time limit cuts an episode,
 lambda 1 and the value baseline ask the critic for the rest and the others count it as 0. Results:
-results/gradient_variance.csv.
+results/gradient_variance.csv and gradient_variance_lunarlander.csv. CartPole-v1 takes 30 seconds a seed,
+LunarLander-v3 some 10 minutes.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import csv
 import io
-import sys
 import tempfile
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from run import HOME, PAGE, load_script, number, replace_between, write_whole
+from studies import SEED
 
-RESULTS, FIGURE = HOME / "results" / "gradient_variance.csv", HOME / "figures" / "gradient_variance.png"
-SEEDS = range(101, 111)
-STAGES = {"early": 20_000, "middle": 50_000, "late": 100_000}  # steps of training behind the policy
+STAGES = {  # steps of training behind the policy
+    "CartPole-v1": {"early": 20_000, "middle": 50_000, "late": 100_000},
+    "LunarLander-v3": {"early": 50_000, "middle": 200_000, "late": 600_000},
+}
 SAMPLES, BUDGET = 32, 2048  # estimates, and environment steps behind each
 ESTIMATORS: dict[str, tuple[str, dict[str, Any]]] = {
     "REINFORCE, whole return": ("reinforce", dict(baseline="none", reward_to_go=False)),
@@ -44,11 +49,16 @@ ESTIMATORS: dict[str, tuple[str, dict[str, Any]]] = {
 UNBIASED = "A2C, λ = 1"
 
 
-def read() -> list[dict[str, str]]:
-    if not RESULTS.exists():
+def name_of(env: str) -> str:
+    """Stem of its files, and its mark on the page."""
+    return "gradient_variance" + ("" if env == "CartPole-v1" else f"_{env.split('-')[0].lower()}")
+
+
+def read(file: Path) -> list[dict[str, str]]:
+    if not file.exists():
         return []
-    with RESULTS.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    with file.open(newline="", encoding="utf-8") as lines:
+        return list(csv.DictReader(lines))
 
 
 # 1. Measuring -----------------------------------------------------------------------------------
@@ -78,7 +88,8 @@ def measure(name: str, saved: dict[str, Any], seed: int) -> tuple[tuple[float, f
     module, trained = load_script(f"algos/{script}.py"), saved["args"]
     common = {key: trained[key] for key in ("env", "gamma", "reward_scale", "hidden")}
     args = module.Args(**common, variance_samples=SAMPLES, variance_steps=BUDGET, **changes)
-    agent = module.Agent(4, module.make_env(args.env).action_space, args.hidden)
+    env = module.make_env(args.env)
+    agent = module.Agent(env.observation_space.shape[0], env.action_space, args.hidden)
     agent.load_state_dict(saved["agent"])
     mean_length, means = float(np.mean(saved["record"]["lengths"])), []
     with keep_mean(module, means):
@@ -86,17 +97,18 @@ def measure(name: str, saved: dict[str, Any], seed: int) -> tuple[tuple[float, f
     return noise, means[0]
 
 
-def measure_all() -> None:
+def measure_all(env: str, seeds: int, results: Path) -> None:
     a2c = load_script("algos/a2c_gae.py")
     torch.set_num_threads(1)
-    done = {(row["seed"], row["stage"]) for row in read()}
-    for seed in SEEDS:
-        for stage, steps in STAGES.items():
+    done = {(row["seed"], row["stage"]) for row in read(results)}
+    for seed in range(SEED, SEED + seeds):
+        for stage, steps in STAGES[env].items():
             if (str(seed), stage) in done:
                 continue
             with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-                argv = ["--seed", str(seed), "--total-timesteps", str(steps), "--no-anneal-lr", "--run-dir", folder]
-                args = a2c.parse_args(a2c.Args, a2c.PRESETS, [*argv, "--eval-episodes", "1"])
+                argv = ["--env", env, "--seed", str(seed), "--total-timesteps", str(steps), "--no-anneal-lr"]
+                argv += ["--run-dir", folder, "--eval-episodes", "1"]
+                args = a2c.parse_args(a2c.Args, a2c.PRESETS, argv)
                 saved = a2c.load_checkpoint(str(a2c.train(args)))
             reached = float(np.mean(saved["record"]["returns"]))
             rows, common = [], {"seed": seed, "stage": stage, "policy_return": round(reached, 1)}
@@ -106,7 +118,7 @@ def measure_all() -> None:
                 agreement = torch.cosine_similarity(mean, reference, dim=0).item()
                 found = dict(zip(COLUMNS, (f"{value:.5g}" for value in (*noise, agreement)), strict=True))
                 rows.append(common | {"estimator": name} | found)
-            with RESULTS.open("a", newline="", encoding="utf-8") as file:
+            with results.open("a", newline="", encoding="utf-8") as file:
                 writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
                 if file.tell() == 0:
                     writer.writeheader()
@@ -124,7 +136,7 @@ COLUMNS = {
 }
 
 
-def draw(rows: list[dict[str, str]]) -> None:
+def draw(env: str, rows: list[dict[str, str]], picture: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -132,7 +144,7 @@ def draw(rows: list[dict[str, str]]) -> None:
 
     shown = {"variance": (1e-6, 10), "snr": (1e-3, 1e3), "cosine_of_means": (-1.05, 1.05)}
     figure, axes = plt.subplots(3, 3, figsize=(12, 9.4), sharey=True, sharex="col", layout="constrained")
-    for line, stage in zip(axes, STAGES, strict=True):
+    for line, stage in zip(axes, STAGES[env], strict=True):
         here = [row for row in rows if row["stage"] == stage]
         reached = np.median([float(row["policy_return"]) for row in here])
         line[0].set_ylabel(f"{stage}: return {reached:.0f}", fontsize=10.5, fontweight="bold", labelpad=9)
@@ -151,22 +163,23 @@ def draw(rows: list[dict[str, str]]) -> None:
             if stage == "early":
                 axis.set_title(COLUMNS[key], fontsize=10.5)
     axes[0, 0].invert_yaxis()
-    figure.suptitle("CartPole-v1: ten estimators of one policy's gradient, 2,048 steps each · ten seeds and median")
-    FIGURE.parent.mkdir(exist_ok=True)
-    figure.savefig(FIGURE, dpi=110)
+    figure.suptitle(f"{env}: ten estimators of one policy's gradient, 2,048 steps each · all seeds and their median")
+    picture.parent.mkdir(exist_ok=True)
+    figure.savefig(picture, dpi=110)
     plt.close(figure)
 
 
-def table(rows: list[dict[str, str]]) -> str:
+def table(env: str, rows: list[dict[str, str]]) -> str:
     if not rows:
         return "Not measured yet."
-    header = ["estimator", *(f"variance, {stage}" for stage in STAGES), *(f"signal to noise, {s}" for s in STAGES)]
-    header += [f"cosine with an unbiased mean, {stage}" for stage in STAGES]
+    stages = list(STAGES[env])
+    header = ["estimator", *(f"variance, {stage}" for stage in stages), *(f"signal to noise, {s}" for s in stages)]
+    header += [f"cosine with an unbiased mean, {stage}" for stage in stages]
     lines = [header, ["---"] * len(header)]
     for name in ESTIMATORS:
         cells = [name]
         for key in ("variance", "snr", "cosine_of_means"):
-            for stage in STAGES:
+            for stage in stages:
                 values = [float(row[key]) for row in rows if row["stage"] == stage and row["estimator"] == name]
                 cells.append(number(float(np.median(values))) if values else "–")
         lines.append(cells)
@@ -176,12 +189,17 @@ def table(rows: list[dict[str, str]]) -> str:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] not in ([], ["--draw-only"]):
-        raise SystemExit(__doc__)
-    if not sys.argv[1:]:
-        measure_all()
-    found = read()
-    if found:
-        draw(found)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--env", choices=list(STAGES), default="CartPole-v1")
+    parser.add_argument("--seeds", type=int, default=10, help=f"from seed {SEED} on")
+    parser.add_argument("--draw-only", action="store_true", help="measure nothing; draw the results that are there")
+    options = parser.parse_args()
+    stem = name_of(options.env)
+    file = HOME / "results" / f"{stem}.csv"
+    if not options.draw_only:
+        measure_all(options.env, options.seeds, file)
+    if found := read(file):
+        draw(options.env, found, HOME / "figures" / f"{stem}.png")
     page = PAGE.read_text(encoding="utf-8")
-    write_whole(PAGE, replace_between(page, "results:gradient_variance", table(found), "## Gradient variance").encode())
+    title = f"## The gradient's noise: {options.env}"
+    write_whole(PAGE, replace_between(page, f"results:{stem}", table(options.env, found), title).encode())
