@@ -182,6 +182,16 @@ def test_a_picture_of_the_first_seed_is_kept(home, monkeypatch):
     assert kept.read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_group_without_the_curve_gets_no_panel(home):
+    write_result(STUDY, GOOD, 101)
+    picture = home / "none.png"
+    figure.draw(STUDY, run.collect(STUDY), picture)
+    assert not picture.exists()  # the only group has no charts/episodic_return
+    write_result(STUDY, GOOD, 101, metrics="step,charts/episodic_return\n1,2\n3,4\n")
+    figure.draw(STUDY, run.collect(STUDY), picture)
+    assert picture.exists()
+
+
 def test_numbers_of_a_run():
     metrics = {"seconds": np.array([1.0, 2.0, np.nan, 4.0, 9.0]), "m/x": np.array([1.0, 5.0, 3.0])}
     record = {"summary": {"a": {"b": 2}}, "wall_seconds": 1, "peak_memory_mb": 3, "metrics": metrics}
