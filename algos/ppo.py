@@ -31,7 +31,7 @@ Expect   Greedy return over 100 episodes at the end of training, seeds 101-110, 
 
                                      steps    mean    worst   threshold reached, seconds to it
          CartPole-v1                  250k   500.0    500.0   475 by 10 of 10, median 1.0, slowest 1.1
-         LunarLander-v3               600k   267.9    257.5   200 by 10 of 10, median 18.9, slowest 38.6
+         LunarLander-v3               600k   267.9    257.5   200 by 10 of 10, median 20.3, slowest 42.8
          LunarLanderContinuous-v3     600k   255.5    236.1   200 by 9 of 10 in training, all greedily
          Acrobot-v1                   150k   -84.5    -89.6   -100 by 10 of 10
          Pendulum-v1                  300k  -162.6   -214.1   (has none)

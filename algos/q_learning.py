@@ -49,7 +49,7 @@ Expect   (exact return of the learned greedy policy; median and worst of seeds 1
          Taxi-v4                               300k steps     7.93     7.93     the best possible 7.93
          While they explore, the last 100 episodes on CliffWalking return -53 with q-learning and -22
          with sarsa (medians): Example 6.6 of Sutton & Barto. One core of an AMD EPYC, nothing
-         else running: FrozenLake 2.9 s (slowest 3.2), 137,000 steps a second; not slippery .25 s (.31).
+         else running: FrozenLake 3.1 s (slowest 3.5), 129,000 steps a second; not slippery .25 s (.31).
          FrozenLake8x8 passes .85 after a median of 13 s (16) beside other work, and holds it on 19 of 20
          seeds; the second worst has .8924.
 

@@ -15,7 +15,7 @@ from run import HOME, PAGE, collect, number, replace_between, write_whole
 from studies import A2C, CART, DQN, LANDER, PPO, REINFORCE, STUDIES, Variant
 
 Record = dict[str, Any]
-LEARNERS = (("REINFORCE", REINFORCE), ("A2C + GAE", A2C), ("DQN", DQN), ("PPO", PPO))
+LEARNERS = (("A2C + GAE", A2C), ("DQN", DQN), ("PPO", PPO), ("REINFORCE", REINFORCE))  # colours as in scores.png
 RIVAL_OF = {A2C: "Stable-Baselines3 A2C", DQN: "Stable-Baselines3 DQN", PPO: "Stable-Baselines3 PPO"}
 
 

@@ -5,6 +5,7 @@ import json
 import re
 import sys
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import scipy.stats
@@ -165,6 +166,22 @@ def test_interquartile_mean_and_what_it_is_taken_over(home):
     assert run.aggregate_lines(study, run.collect(study))[2:] == ["- good: 0.750 [0.500, 1.000]"]
     alone = Study("two", "", "", [Group("", [GOOD])], random={"CartPole-v1": 25.0, "Acrobot-v1": -500.0})
     assert run.aggregate_lines(alone, run.collect(alone)) == []  # not run on all tasks
+
+
+@pytest.mark.parametrize("env_id", sorted(studies.STUDIES["scores"].random))
+def test_zero_of_the_aggregate_is_what_random_actions_obtain(env_id):
+    env = gym.make(env_id)
+    env.action_space.seed(1)
+    returns = np.zeros(300)
+    for episode in range(len(returns)):
+        env.reset(seed=1 if episode == 0 else None)
+        done = False
+        while not done:
+            _, reward, terminated, truncated, _ = env.step(env.action_space.sample())
+            returns[episode] += reward
+            done = terminated or truncated
+    error = returns.std() / len(returns) ** 0.5
+    assert abs(returns.mean() - studies.STUDIES["scores"].random[env_id]) < 3 * error
 
 
 def test_results_name_no_folder_of_the_machine():
