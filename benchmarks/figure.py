@@ -73,7 +73,10 @@ def values_of(records: Sequence[Record], key: str) -> np.ndarray:
 
 
 def seed_curves(records: Sequence[Record], key: str, x: str) -> tuple[np.ndarray, np.ndarray]:
-    """A metric of all whole runs on one grid: x [G], values [seeds, G]; the grid is where all runs have values."""
+    """A metric of all whole runs on one grid: x [G], values [seeds, G]; the grid is where all runs have values.
+
+    Seconds are spaced evenly on a logarithmic axis, steps on a linear one.
+    """
     pairs = []
     for record in records:
         xs, ys = record["metrics"].get(x), record["metrics"].get(key)
@@ -83,11 +86,11 @@ def seed_curves(records: Sequence[Record], key: str, x: str) -> tuple[np.ndarray
     start, end = max((xs[0] for xs, _ in pairs), default=0), min((xs[-1] for xs, _ in pairs), default=0)
     if start >= end:
         return np.array([]), np.empty((0, 0))
-    grid = np.linspace(start, end, 200)
+    grid = np.geomspace(start, end, 200) if x == "seconds" and start > 0 else np.linspace(start, end, 200)
     return grid, np.array([np.interp(grid, xs, ys) for xs, ys in pairs])
 
 
-def draw_panel(axis: Any, group: Group, panel: Panel, found: dict[Variant, list[Record]], color: Callable) -> bool:
+def draw_panel(axis: Any, group: Group, panel: Panel, found: dict[Variant, list[Record]], look: Callable) -> bool:
     """One panel; says whether there was anything to draw."""
     import matplotlib as mpl
 
@@ -138,15 +141,18 @@ def draw_panel(axis: Any, group: Group, panel: Panel, found: dict[Variant, list[
         if not len(grid):
             continue
         drawn = True
-        axis.plot(grid, curves.mean(0), color=color(variant), linewidth=1.8, label=variant.label)
+        (line,) = axis.plot(grid, curves.mean(0), **look(variant), linewidth=1.8, label=variant.label)
         if len(curves) > 1:
-            axis.fill_between(grid, *bootstrap(curves), color=color(variant), alpha=0.18, linewidth=0)
+            axis.fill_between(grid, *bootstrap(curves), color=line.get_color(), alpha=0.18, linewidth=0)
     envs = {variant.env for variant in group.variants}
     goal = reward_threshold(envs.pop()) if len(envs) == 1 and "return" in panel.key else None
     if goal is not None and drawn:
         axis.axhline(goal, color="#444444", linewidth=1, linestyle="--", label="threshold")
     axis.set_xlabel({"step": "environment steps", "charts/episodes": "texts written during PPO"}.get(panel.x, panel.x))
     axis.xaxis.set_major_formatter(mpl.ticker.EngFormatter(sep=""))
+    if panel.x == "seconds":
+        axis.set_xscale("log")
+        axis.xaxis.set_major_formatter(mpl.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
     return drawn
 
 
@@ -176,18 +182,21 @@ def draw(study: Study, found: dict[Variant, list[Record]], file: Path) -> None:
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.08, h_pad=0.1)
     handles: dict[str, Any] = {}
+    counterpart = {theirs: ours for ours, theirs in study.ratios}
     for number, (group, row) in enumerate(zip(groups, panels, strict=True)):
-        names = [variant.label for variant in group.variants]
+        names = [variant.label for variant in group.variants if variant not in counterpart]
 
-        def color(variant: Variant, group: Group = group, names: list[str] = names) -> Any:
+        def look(variant: Variant, group: Group = group, names: list[str] = names) -> dict[str, Any]:
             if group.ordered:
-                return plt.get_cmap("viridis")(0.92 * names.index(variant.label) / max(len(names) - 1, 1))
-            return COLORS[(labels if mosaic else names).index(variant.label) % len(COLORS)]
+                return {"color": plt.get_cmap("viridis")(0.92 * names.index(variant.label) / max(len(names) - 1, 1))}
+            ours = counterpart.get(variant, variant)  # the other of a pair has its colour, dashed
+            place = (labels if mosaic else names).index(ours.label) % len(COLORS)
+            return {"color": COLORS[place], "linestyle": "-" if ours is variant else "--"}
 
         handles = handles if mosaic else {}
         line = [axes.flat[number]] if mosaic else list(axes[number])
         for axis, panel in zip(line, row, strict=False):
-            if not draw_panel(axis, group, panel, found, color):
+            if not draw_panel(axis, group, panel, found, look):
                 axis.text(0.5, 0.5, "no such curve", ha="center", transform=axis.transAxes, color="#777777")
             entries = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
             handles |= entries

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from figure import COLORS, bootstrap, reward_threshold, value_of, values_of
+from figure import COLORS, bootstrap, reward_threshold, seed_curves, value_of, values_of
 from run import HOME, PAGE, collect, number, replace_between, write_whole
 from studies import A2C, CART, DQN, LANDER, PPO, REINFORCE, STUDIES, Variant
 
@@ -80,13 +80,9 @@ def draw_overview() -> None:
         for color, (label, script) in zip(COLORS, LEARNERS, strict=False):
             for records, style, name in ((records_of("scores", script, env), "-", label),
                                          (rival(script, env), "--", f"{label}, Stable-Baselines3")):  # fmt: skip
-                found = [r["metrics"] for r in records if not r["error"]]
-                curves = [(metrics["seconds"], metrics["charts/episodic_return"]) for metrics in found]
-                curves = [(x[np.isfinite(y)], y[np.isfinite(y)]) for x, y in curves]
-                if not curves:
+                grid, values = seed_curves(records, "charts/episodic_return", "seconds")
+                if not len(grid):
                     continue
-                grid = np.geomspace(max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves), 200)
-                values = np.array([np.interp(grid, x, y) for x, y in curves])
                 (handles[name],) = axis.plot(grid, values.mean(0), style, color=color, linewidth=1.8)
                 if len(values) > 1:
                     axis.fill_between(grid, *bootstrap(values), color=color, alpha=0.15, linewidth=0)

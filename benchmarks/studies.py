@@ -376,7 +376,7 @@ def peer(algo: str, env: str, flags: str = "") -> Variant:
 
 PAIRS = [(Variant(f"plainrl {algo.upper()}", script, env), peer(algo, env, flags))
          for env, flags in ((CART, ""), (LANDER, "--max-seconds 900"))
-         for algo, script in (("ppo", PPO), ("a2c", A2C), ("dqn", DQN))]  # fmt: skip
+         for algo, script in (("a2c", A2C), ("dqn", DQN), ("ppo", PPO))]  # fmt: skip
 AGAINST_OTHERS = Study(
     "against_others", "Against Stable-Baselines3",
     "Each with its own best-known settings (the RL Zoo's for Stable-Baselines3), on one core, in one session: "

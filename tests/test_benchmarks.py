@@ -6,6 +6,7 @@ import re
 import sys
 
 import gymnasium as gym
+import matplotlib.pyplot
 import numpy as np
 import pytest
 import scipy.stats
@@ -223,6 +224,24 @@ def test_curves_share_the_grid_where_all_seeds_have_values():
     grid, curves = figure.seed_curves(records, "m", "step")
     assert grid[0] == 10 and grid[-1] == 20
     assert np.allclose(curves[:, 0], [1, 1]) and np.allclose(curves[:, -1], [3, 2])
+    seconds = [{"error": None, "metrics": {"seconds": np.array([0.1, 10.0]), "m": np.array([0.0, 1.0])}}]
+    grid, curves = figure.seed_curves(seconds, "m", "seconds")  # as many points a decade
+    assert np.isclose(grid[100] / grid[99], grid[-1] / grid[-2]) and np.allclose(curves, (grid - 0.1) / 9.9)
+
+
+def test_a_pair_that_is_compared_shares_its_colour(home, monkeypatch):
+    third = Variant("third", "algos/ppo.py", "CartPole-v1", "--hidden 8")
+    panel = Panel("charts/episodic_return", "return", x="seconds")
+    study = Study("pairs", "", "", [Group("", [GOOD, BAD, third], [panel])], ratios=[(GOOD, BAD)])
+    for variant in (GOOD, BAD, third):
+        write_result(study, variant, 101, metrics="seconds,charts/episodic_return\n1,2\n30,4\n")
+    monkeypatch.setattr("matplotlib.pyplot.close", lambda _: None)
+    figure.draw(study, run.collect(study), home / "pairs.png")
+    (axis,) = matplotlib.pyplot.gcf().axes
+    ours, theirs, other = axis.lines[:3]
+    assert ours.get_color() == theirs.get_color() != other.get_color()
+    assert [line.get_linestyle() for line in (ours, theirs, other)] == ["-", "--", "-"]
+    assert axis.get_xscale() == "log"
 
 
 def test_packed_metrics_keep_their_numbers():
