@@ -331,7 +331,7 @@ CATCH = Study(
 )  # fmt: skip
 
 # RLHF ------------------------------------------------------------------------------------------
-# About 165 s a run, 5 variants. Three seeds of everything and two more of the default: 47 minutes of one core.
+# About 165 s a run, 5 variants: with five seeds 70 minutes of one core.
 
 RLHF, TEXTS = "rlhf/rlhf_ppo.py", "charts/episodes"
 RLHF_DEFAULT = Variant("log sigmoid of the score, β 0.05 (default)", RLHF)
