@@ -50,7 +50,7 @@ Expect   (exact return of the learned greedy policy; median and worst of seeds 1
          While they explore, the last 100 episodes on CliffWalking return -53 with q-learning and -22
          with sarsa (medians): Example 6.6 of Sutton & Barto. One core of an AMD EPYC, nothing
          else running: FrozenLake 3.1 s (slowest 3.5), 129,000 steps a second; not slippery .25 s (.31).
-         FrozenLake8x8 passes .85 after a median of 13 s (16) beside other work, and holds it on 19 of 20
+         FrozenLake8x8 passes .85 after a median of 15 s (22) beside other work, and holds it on 19 of 20
          seeds; the second worst has .8924.
 
 Results  summary.json: success_rate with its 95 % interval, from the evaluation episodes. Where the rules
