@@ -363,8 +363,8 @@ RLHF_STUDY = Study(
 # Against others --------------------------------------------------------------------------------
 # Run with --workers 1, so that nothing else runs beside a measured run, for example:
 #   python benchmarks/run.py against_others --only cartpole --workers 1 --peers-python sb3/bin/python
-# Stable-Baselines3 needs, a run: CartPole PPO 25 s, A2C 50 s, DQN 30 s; LunarLander: PPO 700 s, A2C 200 s,
-# DQN 500 s; the cap of 900 s is for slower machines, and the table says where it fell. CartPole at three seeds: 12
+# Stable-Baselines3 needs, a run: CartPole PPO 45 s, A2C 70 s, DQN 80 s; LunarLander PPO 800 s, A2C 200 s, DQN 500 s.
+# The cap of 900 s of training is for slower machines; the table says where it fell. CartPole at three seeds: 12
 # minutes; LunarLander at three: 90 minutes.
 
 PEERS = "benchmarks/peers.py"
