@@ -39,7 +39,7 @@ Run      python algos/q_learning.py
          python algos/q_learning.py --algorithm td0 --policy random
          python algos/q_learning.py --eval runs/<folder> --eval-episodes 10000
 
-Expect   (exact return of the learned greedy policy; median and worst of seeds 101-110, 8x8: 101-120)
+Expect   (exact return of the learned greedy policy; TODO measure: these are of seeds drawn in another order)
          FrozenLake-v1                         400k steps     .7402    .7402    the best possible .7442
          FrozenLake-v1 --no-is-slippery         30k steps    1        1         the best possible 1
          FrozenLake8x8-v1                        3M steps     .8932    .7976    the best possible .9132
