@@ -264,12 +264,12 @@ def adamw(lm: nn.Module, args: Args) -> torch.optim.AdamW:
 def lm_loss(lm: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
     """Mean negative log-likelihood of the targets in nats, [B, T] -> scalar.
 
-    The output layer runs on the places that count only. Padding stands on the right, and attention looks
-    to the left, so no word sees it and no attention mask is needed.
+    Padding stands on the right, and attention looks to the left, so no word sees it and no attention mask is
+    needed. The logits are the model's own: some models scale or cap them after the output layer.
     """
-    hidden = lm.base_model(input_ids=inputs, use_cache=False).last_hidden_state  # [B, T, D]
+    logits = lm(input_ids=inputs, use_cache=False).logits  # [B, T, V]
     counts = targets != -100
-    return F.cross_entropy(lm.get_output_embeddings()(hidden[counts]).float(), targets[counts])
+    return F.cross_entropy(logits[counts].float(), targets[counts])
 
 
 def learning_rate_at(step: int, args: Args) -> float:

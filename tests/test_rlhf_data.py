@@ -26,6 +26,7 @@ def load_maker(name: str):
 
 
 make_ratings, make_corpus = load_maker("make_ratings"), load_maker("make_corpus")
+gold = load_maker("gold/gold")
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +148,50 @@ def test_block_list_spares(word):
     assert not make_corpus.BLOCKED.search(f"this {word} film")
 
 
+# The raters and the comparisons ----------------------------------------------------------------------
+
+
+def pairs_right(scores, ratings, apart):
+    """The share of pairs of texts, rated at least apart from each other, that the scores order as the ratings do."""
+    i, j = np.triu_indices(len(scores), 1)
+    far = abs(ratings[i] - ratings[j]) >= apart
+    return ((scores[i] > scores[j]) == (ratings[i] > ratings[j]))[far].mean()
+
+
+def test_raters_know_people_as_well_as_the_readme_says(splits, monkeypatch):
+    texts, ratings = zip(*((row["text"], row["rating"]) for row in splits["heldout"]), strict=True)
+    found = []
+    for repetition in (gold.REPETITION, 0):
+        monkeypatch.setattr(gold, "REPETITION", repetition)
+        scores, people = np.array(gold.score([""] * len(texts), texts)), np.array(ratings)
+        right = pairs_right(scores, people, 1e-9), pairs_right(scores, people, 1)
+        found.append([round(float(x), 2) for x in (np.corrcoef(scores, people)[0, 1], *right)])
+    assert found == [[0.68, 0.75, 0.83], [0.70, 0.76, 0.83]]
+
+
+def test_raters_read_prompt_and_completion_as_one_text_and_mind_repetition():
+    assert gold.score(["It is a"], [" wonderful film."]) == gold.score([""], ["It is a wonderful film."])
+    good, again = gold.score(["", ""], ["A funny film.", "A funny, funny, funny film."])
+    assert gold.repetition("A funny, funny, funny film.") == 1 / 2 and again < good - 2
+    assert gold.repetition("This is an odd, odd, odd film.") == 0  # words of three letters may come again
+
+
+def test_preferences_are_the_raters_with_noise():
+    import datasets
+
+    loaded = datasets.load_dataset(str(DATA / "preferences"))
+    assert {name: len(rows) for name, rows in loaded.items()} == {"train": 20_000, "test": 2_000}
+    for rows in loaded.values():
+        assert rows.column_names == ["prompt", "chosen", "rejected"]
+        assert all(len(row["prompt"].split()) == 2 and row["chosen"] != row["rejected"] for row in rows)
+        columns = {name: rows[name] for name in rows.column_names}
+        chosen, rejected = (np.array(gold.score(columns["prompt"], columns[name])) for name in ("chosen", "rejected"))
+        assert abs((chosen > rejected).mean() - 0.806) < 0.02  # the rest are the mistakes that raters make
+        temperature = 0.5 * np.concatenate((chosen, rejected)).std()
+        stated = 1 / (1 + np.exp(-abs(chosen - rejected) / temperature))
+        assert abs((chosen > rejected).mean() - stated.mean()) < 0.02  # as often as Bradley-Terry says
+
+
 # The tiny model --------------------------------------------------------------------------------------
 
 
@@ -209,6 +254,7 @@ def test_tiny_lm_writes_clean_sentences_that_end(lm):
 def test_readme_tells_the_truth(corpus, lm):
     text = (DATA / "README.md").read_text()
     for file in [*(DATA / "human_ratings").glob("*.gz"), DATA / "corpus" / "reviews.txt.gz",
+                 DATA / "gold" / "weights.npy", *(DATA / "preferences").glob("*.gz"),
                  DATA / "tiny_lm" / "model.safetensors", DATA / "tiny_lm" / "tokenizer.json"]:  # fmt: skip
         assert hashlib.sha256(file.read_bytes()).hexdigest() in text, file.name
         assert f"{file.stat().st_size:,}" in text, file.name
@@ -270,6 +316,19 @@ def test_loss_is_that_of_each_text_alone(tokenizer):
         total -= sum(logps[t, row[t + 1]] for t in range(len(row) - 1))
         number += len(row) - 1
     assert loss.item() == pytest.approx((total / number).item(), abs=1e-5)
+
+
+def test_loss_is_the_models_own_where_it_scales_its_logits():
+    from transformers import CohereConfig, CohereForCausalLM
+
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=12)
+    model = CohereForCausalLM(CohereConfig(**sizes, logit_scale=0.05, pad_token_id=0, bos_token_id=1, eos_token_id=1))
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(50)
+    ids = torch.tensor([[3, 4, 5, 6, 7], [8, 9, 10, 11, 1]])
+    own = model(input_ids=ids, labels=ids).loss
+    torch.testing.assert_close(pretrain.lm_loss(model, ids[:, :-1], ids[:, 1:]), own)
 
 
 def test_every_text_is_read_once_an_epoch():
