@@ -450,9 +450,8 @@ def prepare(args: Args) -> tuple[Any, nn.Module]:
     if args.lora_rank:
         from peft import LoraConfig, get_peft_model
 
-        lm = get_peft_model(
-            lm, LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules="all-linear")
-        )
+        config = LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules="all-linear")
+        lm = get_peft_model(lm, config)
     return tokenizer, lm.eval()
 
 
@@ -559,9 +558,8 @@ def train(args: Args) -> Path:
         fail(f"{args.model} reads at most {limit} tokens and a prompt has {longest}: lower --max-completion-length")
     optimizer = torch.optim.AdamW([p for p in lm.parameters() if p.requires_grad], weight_decay=0.0)
     before = Values()
-    run = Run(
-        args, Path(args.dataset).stem, args.total_episodes, episodes=False, lm=lm, optimizer=optimizer, before=before
-    )
+    parts = {"lm": Trained(lm), "optimizer": optimizer, "before": before}
+    run = Run(args, Path(args.dataset).stem, args.total_episodes, episodes=False, **parts)
     if args.eval:
         return run.finish(**evaluate(args, lm, tokenizer, rewards, tests)[0])
 
@@ -577,7 +575,7 @@ def train(args: Args) -> Path:
             start = str(run.folder / "start") if args.model == "new" else args.model
             reference = lm if args.lora_rank else load_lm(start)[1].to(device)
 
-        step, iteration = run.step, 0
+        step = run.step
         while step < args.total_episodes:
             rng = np.random.default_rng([args.seed, step])
             lr = args.learning_rate * (1 - step / args.total_episodes if args.anneal_lr else 1)
@@ -586,7 +584,7 @@ def train(args: Args) -> Path:
 
             # Answer each problem several times, and judge the answers.
             batch = rollout(args, lm, tokenizer, rewards, problems, args.num_prompts, rng)
-            metrics, sampled = summarize(batch), args.num_prompts
+            metrics, sampled = summarize(batch), args.num_prompts  # of what was sampled first
             for _ in range(args.dynamic_sampling):  # Section 3.2, Yu 2025
                 dull = np.flatnonzero(~mixed(batch["rewards"]))
                 if len(dull) == 0:
@@ -599,12 +597,11 @@ def train(args: Args) -> Path:
             # Make the better answers of each group likelier, and the worse ones less likely.
             metrics |= update(args, lm, reference, optimizer, batch, rng)
 
-            step, iteration = step + sampled * args.group_size, iteration + 1
-            names = ("greedy", "pass@1", f"pass@{args.eval_samples}", "length")
-            measured = dict.fromkeys(names)
-            if iteration % args.eval_every == 0:
+            step += sampled * args.group_size
+            measured = dict.fromkeys(before["results"])
+            if (len(run.rows) + 1) % args.eval_every == 0:
                 measured, _ = evaluate(args, lm, tokenizer, rewards, {"": tests[""][:64]})
-            measured = {f"eval/{name}": measured[name] for name in names}
+            measured = {f"eval/{name}": value for name, value in measured.items() if "harder" not in name}
             run.report(step, {**metrics, "charts/learning_rate": lr, **measured})
         results, texts = evaluate(args, lm, tokenizer, rewards, tests)
 
@@ -613,6 +610,21 @@ def train(args: Args) -> Path:
     lines = [f"**{row['prompt']}**\n\n- before: {old}\n- after: {new}\n" for row, old, new in examples]
     (run.folder / "samples.md").write_text("\n".join(lines), encoding="utf-8")
     return run.finish(before=before["results"], **results)
+
+
+class Trained:
+    """The weights that learn, for the checkpoint: with LoRA those of the adapter only."""
+
+    def __init__(self, lm: nn.Module):
+        self.lm = lm
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {name: p.detach() for name, p in self.lm.named_parameters() if p.requires_grad}
+
+    def load_state_dict(self, saved: dict[str, Tensor]) -> None:
+        if saved.keys() != self.state_dict().keys():
+            raise KeyError("other weights")
+        self.lm.load_state_dict(saved, strict=False)
 
 
 class Values(dict):
@@ -655,15 +667,15 @@ def rollout(
     repeated = [row for row in rows for _ in range(args.group_size)]
     tokens, mask, logprobs, texts = answer(args, lm, tokenizer, repeated, rng, args.temperature)
     judged = [score(name, reward, repeated, texts) for name, reward in rewards.items()]
-    total = sum(
-        weight * values for weight, values in zip(args.reward_weights or [1.0] * len(judged), judged, strict=True)
-    )
+    weights = torch.tensor(args.reward_weights or [1.0] * len(judged))
+    total = torch.stack(judged, 1) @ weights
     if args.overlong_buffer:
         total = total + overlong_penalty(mask.sum(1).cpu(), args.max_completion_length, args.overlong_buffer)
     read = VERIFIERS[args.reward[0]][0] if args.reward[0] in VERIFIERS else None
     formed = torch.tensor([math.nan if read is None else float(read(text) is not None) for text in texts])
-    batch = dict(tokens=tokens, mask=mask, logprobs=logprobs, ended=(tokens * mask == tokenizer.eos_token_id).any(1),
-                 rewards=total.to(lm.device), right=judged[0] >= 1, formed=formed)  # fmt: skip
+    ended = ((tokens == tokenizer.eos_token_id) & (mask > 0)).any(1)  # padding may be the same token
+    batch = dict(tokens=tokens, mask=mask, logprobs=logprobs, ended=ended, rewards=total.to(lm.device))
+    batch |= dict(right=judged[0] >= 1, formed=formed)
     batch = {name: values.unflatten(0, (count, args.group_size)) for name, values in batch.items()}
     return batch | {"rows": np.array(rows, dtype=object)}
 
@@ -682,47 +694,36 @@ def update(
     advantages = group_advantages(batch["rewards"], args.advantage).flatten()  # [B]
     if args.mask_overlong:  # Section 3.4, Yu 2025
         mask = mask * batch["ended"].flatten()[:, None]
-    weights = token_weights(mask, args.loss_norm, args.max_completion_length) * args.num_minibatches
-    shares = token_weights(mask, "token", 0) * args.num_minibatches
+    weights, shares = (token_weights(mask, norm, args.max_completion_length) for norm in (args.loss_norm, "token"))
+    clip = args.clip_low, args.clip_high, args.ratio
     rows = np.arange(len(ids))
     if not args.kl_coef and not args.ent_coef:  # nothing pulls at an answer whose advantage is 0
         rows = np.flatnonzero(advantages.cpu().numpy())
 
     lm.train(args.gradient_checkpointing)
-    history = []
+    means, norms = torch.zeros(4, device=lm.device), []
     for _ in range(args.update_epochs):
         for minibatch in np.array_split(rng.permutation(rows), args.num_minibatches):
-            sums = torch.zeros(4, device=lm.device)
             optimizer.zero_grad()
             for part in np.array_split(minibatch, args.gradient_accumulation):
                 if len(part) == 0:
                     continue
                 logprobs, entropy = token_logprobs(lm, ids[part], seen[part], width, args.temperature)
-                loss, low, high = policy_loss(
-                    logprobs,
-                    old_logprobs[part],
-                    advantages[part],
-                    mask[part],
-                    args.clip_low,
-                    args.clip_high,
-                    args.ratio,
-                )
+                loss, low, high = policy_loss(logprobs, old_logprobs[part], advantages[part], mask[part], *clip)
                 kl = torch.zeros_like(loss)
                 if reference is not None:
                     with torch.no_grad(), lm.disable_adapter() if reference is lm else contextlib.nullcontext():
                         ref_logprobs, _ = token_logprobs(reference, ids[part], seen[part], width, args.temperature)
                     kl = kl_k3(logprobs, ref_logprobs)
                 total = loss + args.kl_coef * kl - args.ent_coef * entropy
-                (total * weights[part]).sum().backward()
-                sums += torch.stack(
-                    [(loss * weights[part]).sum(), *((x * shares[part]).sum() for x in (kl, low, high))]
-                ).detach()
-            norm = nn.utils.clip_grad_norm_(lm.parameters(), args.max_grad_norm).to(lm.device)
+                (args.num_minibatches * total * weights[part]).sum().backward()
+                seen_here = (loss * weights[part], kl * shares[part], low * shares[part], high * shares[part])
+                means += torch.stack([x.detach().sum() for x in seen_here]) / args.update_epochs
+            norms.append(nn.utils.clip_grad_norm_(lm.parameters(), args.max_grad_norm).item())
             optimizer.step()
-            history.append(torch.cat((sums, norm.reshape(1))))
     lm.eval()
-    names = ("losses/policy_loss", "losses/kl", "losses/clip_low", "losses/clip_high", "losses/grad_norm")
-    return dict(zip(names, torch.stack(history).mean(0).tolist(), strict=True))
+    names = ("losses/policy_loss", "losses/kl", "losses/clip_low", "losses/clip_high")
+    return dict(zip(names, means.tolist(), strict=True)) | {"losses/grad_norm": sum(norms) / len(norms)}
 
 
 def mixed(rewards: Tensor) -> np.ndarray:
