@@ -12,11 +12,11 @@ answer's advantage is its reward against the others of its group. Better answers
     A_i = (r_i - mean(r)) / std(r) over the G answers to one problem,   ratio_t = pi(o_t | q, o_<t) / pi_old(...)
     maximise  mean over answers and tokens of  min( ratio_t * A_i,  clip(ratio_t, 1 - low, 1 + high) * A_i )
 
-The default task asks where two balls are after cups have been swapped. Demonstrations show the model two ways to
-answer: most guess, some write down every step, with slips. Only the final answer is judged, so the model has to
-find out by itself that writing the steps down pays, and then to make no slip: answers grow longer as they get right.
-Direct answers are out of reach for a small network (the order of the swaps counts), single steps are easy, and every
-length between the two can be written. Mazes and sums did worse: there a model this small has too much to learn first.
+The default task asks where two balls are after cups have been swapped. A new model first learns from demonstrations:
+most of them guess, some work step by step, with slips. Only the final answer is judged, so the model has to find out
+that writing the steps down pays, and then to make no slip: its answers grow longer as they get right. Why this task:
+each single step is easy for a small network, the chain of them is not, and answers may have any length between.
+Countdown, sums and mazes were tried; there such a model has too much to learn before a reward can tell it anything.
 
 Papers   Shao et al. 2024, DeepSeekMath (GRPO), arXiv 2402.03300
          Liu et al. 2025, Understanding R1-Zero-Like Training (Dr. GRPO), arXiv 2503.20783
@@ -30,16 +30,20 @@ Run      python rlhf/grpo.py
          python rlhf/grpo.py --advantage dr_grpo --loss-norm constant                (Dr. GRPO)
          python rlhf/grpo.py --dynamic-sampling 4 --mask-overlong --update-epochs 2  (the rest of DAPO)
          python rlhf/grpo.py --ratio sequence --loss-norm sequence --clip-low 3e-4 --clip-high 4e-4 --num-minibatches 4
-         python rlhf/grpo.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset problems.jsonl --eval-split "train[:100]" \\
-             --reward number --max-completion-length 256 --num-prompts 8 --group-size 8 --gradient-accumulation 8 \\
-             --gradient-checkpointing --bf16 --lora-rank 16 --learning-rate 1e-4 --eval-samples 4
+         python rlhf/grpo.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset gsm8k.jsonl --train-split "train[200:]" \\
+             --eval-split "train[:200]" --reward number --max-completion-length 256 --num-prompts 8 --group-size 8 \\
+             --gradient-accumulation 8 --gradient-checkpointing --bf16 --lora-rank 16 --learning-rate 1e-4 \\
+             --eval-samples 4
+                the file: datasets.load_dataset("openai/gsm8k", "main", split="train") \\
+                              .rename_column("question", "prompt").to_json("gsm8k.jsonl")
          python rlhf/grpo.py --eval runs/<folder>
 
 Expect   TODO measure
 
 Folder   besides the usual: start/ (the warm-started model) and policy/, which from_pretrained loads, and samples.md.
-         Steps are answers sampled. summary.json has before and after, each with held_out and harder: greedy (share
-         of right greedy answers), pass@1, pass@k (of samples at temperature 1) and length.
+         Steps are answers sampled. summary.json has greedy (share of right greedy answers), pass@1 and pass@16 (of
+         samples at temperature 1) and length on held-out problems, harder_* on problems with more swaps than any
+         trained on, and before, the same from before reinforcement learning.
 
 Deviations from the papers
  1. Clipping is asymmetric by default (.2 and .28, DAPO) and the loss a mean over tokens; there is no KL penalty,
