@@ -312,7 +312,8 @@ def test_cups(text, right):
 def test_problems_are_what_they_say():
     """The answer against a simulation that moves cups; held-out problems are others; slips and guesses as told."""
     rng = np.random.default_rng(0)
-    kept = {grpo.make_problem(rng, 2, 6)["prompt"] for _ in range(500)}
+    train, test = ({grpo.make_problem(rng, 1, 1, out)["prompt"] for _ in range(4000)} for out in (False, True))
+    assert not train & test and len(train | test) > 0.97 * 30 * 15 and 20 < len(test) < 70
     for held_out in (False, True):
         for _ in range(200):
             problem = grpo.make_problem(rng, 2, 6, held_out)
@@ -322,7 +323,6 @@ def test_problems_are_what_they_say():
                 under[a], under[b] = under.get(b), under.get(a)
             places = {ball: cup for cup, ball in under.items() if ball}
             assert problem["answer"] == f"{places[1]} {places[2]}" and colon == ":" and 2 <= len(swaps) <= 6
-            assert not held_out or problem["prompt"] not in kept
     problems = [grpo.make_problem(rng, 2, 6) for _ in range(2000)]
     right = [
         grpo.read_cups(grpo.demonstrate(rng, problem["prompt"], share)) == problem["answer"]
@@ -384,9 +384,11 @@ def fresh_batch(args, tokenizer, lm, reward=None):
     return grpo.rollout(args, lm, tokenizer, rewards, None, args.num_prompts, np.random.default_rng(3))
 
 
-def test_sampling_and_scoring_agree(lm):
+@pytest.mark.parametrize("pad_token", ["<pad>", "<eos>"])
+def test_sampling_and_scoring_agree(lm, pad_token):
     """Left-padded prompts, at another temperature: the probabilities of sampling are those of one unpadded pass."""
-    tokenizer, model = lm
+    tokenizer, model = copy.deepcopy(lm[0]), lm[1]
+    tokenizer.pad_token = pad_token
     args = settings(temperature=0.7)
     batch = fresh_batch(args, tokenizer, model)
     assert len({len(row["ids"]) for row in batch["rows"]}) > 1 and batch["ended"].any() and not batch["ended"].all()
@@ -462,19 +464,46 @@ def test_dynamic_sampling_replaces_groups_without_variance(tmp_path, monkeypatch
         return real(args, lm, tokenizer, rewards, problems, count, rng)
 
     monkeypatch.setattr(grpo, "rollout", spy)
-    run = train(tmp_path, TINY, "--total-episodes 16 --dynamic-sampling 3")  # an untrained model is never right
+    run = train(tmp_path, TINY, "--total-episodes 16 --dynamic-sampling 3")  # a model this young is never right
     assert counts == [4, 4, 4, 4]
     assert [int(row["step"]) for row in rows_of(run)] == [64]
     assert float(rows_of(run)[0]["objective/groups_without_variance"]) == 1
+
+
+def test_dynamic_sampling_updates_on_the_new_groups(tmp_path, monkeypatch):
+    made, used, rollout, update = [], [], grpo.rollout, grpo.update
+
+    def half_dull(*args):
+        batch = rollout(*args)
+        batch["rewards"] = torch.arange(4.0).repeat(len(batch["rows"]), 1)
+        if not made:
+            batch["rewards"][1:3] = 1.0
+        made.append({name: values.copy() if name == "rows" else values.clone() for name, values in batch.items()})
+        return batch
+
+    monkeypatch.setattr(grpo, "rollout", half_dull)
+    monkeypatch.setattr(grpo, "update", lambda *args: used.append(args[4]) or update(*args))
+    train(tmp_path, TINY, "--total-episodes 16 --dynamic-sampling 3")
+    first, second = made
+    [batch] = used
+    for name in batch:
+        expected = [first[name][0], second[name][0], second[name][1], first[name][3]]
+        assert all(np.array_equal(found, row) for found, row in zip(batch[name], expected, strict=True)), name
 
 
 # Runs -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
+def learning(dataset):
+    """Flags of a tiny run that has something to learn from."""
+    return f"{TINY} --no-anneal-lr --advantage rloo --reward cups {dataset.parent}/shape.py:f"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory, learning):
     """A tiny run."""
-    return train(tmp_path_factory.mktemp("tiny"), TINY, "--no-anneal-lr --advantage rloo --total-episodes 96")
+    return train(tmp_path_factory.mktemp("tiny"), learning, "--total-episodes 96")
 
 
 def test_run_folder(tiny):
@@ -489,13 +518,13 @@ def test_run_folder(tiny):
         assert row[name] != "", name
 
 
-def test_one_seed_gives_one_result_and_resuming_goes_on_with_it(tiny, tmp_path):
-    flags = (TINY, "--no-anneal-lr --advantage rloo")
-    half = train(tmp_path, *flags, "--total-episodes 48")
+def test_one_seed_gives_one_result_and_resuming_goes_on_with_it(tiny, learning, tmp_path):
+    half = train(tmp_path, learning, "--total-episodes 48")
+    assert all(float(row["losses/grad_norm"]) > 0 for row in rows_of(half))
     assert rows_of(half) == rows_of(tiny)[:3] and len(rows_of(tiny)) == 6
     grpo.train(grpo.parse_args(["--resume", str(half), "--total-episodes", "96"]))
     assert rows_of(half) == rows_of(tiny)
-    other = train(tmp_path, *flags, "--total-episodes 48 --seed 2")
+    other = train(tmp_path, learning, "--total-episodes 48 --seed 2")
     assert rows_of(other) != rows_of(half)[:3]
 
 
