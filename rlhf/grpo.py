@@ -114,7 +114,6 @@ class Args:
     reward: tuple[str, ...] = ("cups",)  # cups, countdown, number or path.py:function; several are added up
     reward_weights: tuple[float, ...] | None = None  # weight of each reward; None counts each once
     warmup_steps: int = 1_000  # minibatches of 64 demonstrations that a new model is fitted to first
-    warmup_learning_rate: float = 3e-3  # AdamW's step size in the warm start
     right_demos: float = 0.4  # share of the demonstrations that work step by step; the others guess
 
     num_prompts: int = 16  # problems per iteration (P)
@@ -151,14 +150,14 @@ class Args:
             self, "> 0", "total_episodes", "eval_episodes", "eval_every", "eval_samples", "num_prompts", "temperature"
         )
         check(self, "> 0", "max_prompt_length", "max_completion_length", "num_minibatches", "update_epochs", "threads")
-        check(self, "> 0", "learning_rate", "warmup_learning_rate", "max_grad_norm", "gradient_accumulation")
+        check(self, "> 0", "learning_rate", "max_grad_norm", "gradient_accumulation")
         check(self, ">= 0", "warmup_steps", "clip_low", "clip_high", "kl_coef", "ent_coef", "lora_rank")
         check(self, ">= 0", "dynamic_sampling", "overlong_buffer")
         check(self, "in [0, 1]", "right_demos")
         if self.group_size < 2:
             fail("--group-size must be at least 2: an answer is compared with the others of its group")
         if (self.model == "new") != (self.dataset == "cups"):
-            fail("--model new reads --dataset cups only, and no other model reads that: give both or neither")
+            fail(f"--model {self.model} with --dataset {self.dataset}: only new reads cups, and it reads nothing else")
         if self.model == "new" and (self.lora_rank or self.gradient_checkpointing):
             fail("--lora-rank and --gradient-checkpointing are for a --model of your own, not for the new one")
         if len(self.reward_weights or self.reward) != len(self.reward):
@@ -475,8 +474,8 @@ def group_advantages(rewards: Tensor, kind: str) -> Tensor:
 
     grpo         (r - mean of the group) / its standard deviation   (Section 4.1.2, Shao 2024)
     dr_grpo      r - mean of the group                              (Section 3.2, Liu 2025)
-    rloo         r - mean of the group's other answers = G / (G - 1) times dr_grpo   (Section 3.2, Ahmadian 2024)
-    reinforce++  (r - mean of the batch) / its standard deviation   (Eq. 9, Hu 2025)
+    rloo         r - mean of the group's other answers = G / (G - 1) times dr_grpo   (Ahmadian 2024)
+    reinforce++  (r - mean of the batch) / its standard deviation   (Hu 2025)
     """
     assert rewards.ndim == 2
     groups = rewards.reshape(1, -1) if kind == "reinforce++" else rewards
@@ -603,10 +602,10 @@ def train(args: Args) -> Path:
             metrics |= update(args, lm, reference, optimizer, batch, rng)
 
             step += sampled * args.group_size
-            measured = dict.fromkeys(before["results"])
+            measured = {}
             if (len(run.rows) + 1) % args.eval_every == 0:
                 measured, _ = evaluate(args, lm, tokenizer, rewards, {"": tests[""][:64]})
-            measured = {f"eval/{name}": value for name, value in measured.items() if "harder" not in name}
+            measured = {f"eval/{name}": measured.get(name) for name in before["results"] if "harder" not in name}
             run.report(step, {**metrics, "charts/learning_rate": lr, **measured})
         results, texts = evaluate(args, lm, tokenizer, rewards, tests)
 
@@ -643,8 +642,7 @@ def warm_start(args: Args, lm: nn.Module, tokenizer: Any) -> None:
     rng, progress = np.random.default_rng(args.seed), Progress("warm start", args.warmup_steps)
     optimizer = torch.optim.AdamW(lm.parameters(), betas=(0.9, 0.98))
     for step in range(args.warmup_steps):
-        lr = args.warmup_learning_rate * min((step + 1) / 30, 1 - step / args.warmup_steps)
-        optimizer.param_groups[0]["lr"] = lr
+        optimizer.param_groups[0]["lr"] = 3e-3 * min((step + 1) / 30, 1 - step / args.warmup_steps)
         rows = make_rows(tokenizer, rng, 64, *TRAIN_SWAPS)
         demos = tokenizer([demonstrate(rng, row["prompt"], args.right_demos) for row in rows])["input_ids"]
         prompt_ids, prompt_mask = pad([row["ids"] for row in rows], tokenizer.pad_token_id, "left")
@@ -672,8 +670,7 @@ def rollout(
     repeated = [row for row in rows for _ in range(args.group_size)]
     tokens, mask, logprobs, texts = answer(args, lm, tokenizer, repeated, rng, args.temperature)
     judged = [score(name, reward, repeated, texts) for name, reward in rewards.items()]
-    weights = torch.tensor(args.reward_weights or [1.0] * len(judged))
-    total = torch.stack(judged, 1) @ weights
+    total = torch.stack(judged, 1) @ torch.tensor(args.reward_weights or [1.0] * len(judged))
     if args.overlong_buffer:
         total = total + overlong_penalty(mask.sum(1).cpu(), args.max_completion_length, args.overlong_buffer)
     read = VERIFIERS[args.reward[0]][0] if args.reward[0] in VERIFIERS else None
