@@ -234,7 +234,10 @@ def to_env(space: gym.Space, actions: np.ndarray) -> np.ndarray:
 
 
 class RunningMeanStd(nn.Module):
-    """Mean and variance of all rows seen so far (Chan et al. 1979); called, it normalises with them."""
+    """Mean and variance of all rows seen so far (Chan et al. 1979); called, it normalises with them.
+
+    Before the first update they are 0 and 1, and nothing changes.
+    """
 
     def __init__(self, *shape: int):
         super().__init__()
@@ -250,7 +253,7 @@ class RunningMeanStd(nn.Module):
         self.count += len(rows)
 
     def forward(self, rows: Tensor) -> Tensor:
-        return ((rows - self.mean) / (self.var + 1e-8).sqrt()).clamp(-10, 10)
+        return (rows - self.mean) / (self.var + 1e-8).sqrt()
 
 
 # 3. Model ---------------------------------------------------------------------------------------
@@ -272,49 +275,45 @@ class Agent(nn.Module):
     log standard deviation is a parameter of its own, the same in every state.
     """
 
-    def __init__(self, obs_dim: int, action_space: gym.Space, hidden: int, norm_obs: bool = False):
+    def __init__(self, obs_dim: int, action_space: gym.Space, hidden: int):
         super().__init__()
         self.discrete = isinstance(action_space, Discrete)
         outputs = int(action_space.n) if self.discrete else int(np.prod(action_space.shape))
-        self.norm = RunningMeanStd(obs_dim) if norm_obs else None
+        self.norm = RunningMeanStd(obs_dim)
         self.actor = mlp(obs_dim, hidden, outputs, last_std=0.01)
         self.critic = mlp(obs_dim, hidden, 1, last_std=1.0)
         self.log_std = None if self.discrete else nn.Parameter(torch.zeros(outputs))
 
-    def seen(self, obs: Tensor) -> Tensor:
-        """What the networks see of observations."""
-        return self.norm(obs) if self.norm else obs
-
     def value(self, obs: Tensor) -> Tensor:  # [..., D] -> [...]
-        return self.critic(self.seen(obs)).squeeze(-1)
+        return self.critic(self.norm(obs)).squeeze(-1)
 
     def policy(self, obs: Tensor) -> Distribution:
         """The distribution of actions at observations [..., D]."""
-        outputs = self.actor(self.seen(obs))
+        outputs = self.actor(self.norm(obs))
         if self.discrete:
             return Categorical(logits=outputs)
         return Independent(Normal(outputs, self.log_std.exp()), 1)
 
     def numpy_layers(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """The actor's weights and biases; on the CPU they share memory with it, from a GPU they are copied."""
+        """Weights and biases of the actor, the normalisation folded into the first: what act() computes with."""
         linear = [layer for layer in self.actor if isinstance(layer, nn.Linear)]
-        return [(layer.weight.detach().cpu().numpy().T, layer.bias.detach().cpu().numpy()) for layer in linear]
+        layers = [(layer.weight.detach().cpu().numpy().T, layer.bias.detach().cpu().numpy()) for layer in linear]
+        weight, bias = layers[0]
+        mean, std = self.norm.mean.cpu().numpy(), (self.norm.var + 1e-8).sqrt().cpu().numpy()
+        return [(weight / std[:, None], bias - mean / std @ weight), *layers[1:]]
 
-    @torch.no_grad()
-    def act(
-        self, layers: list[tuple[np.ndarray, np.ndarray]], obs: np.ndarray, rng: np.random.Generator | None = None
-    ) -> np.ndarray:
+    def act(self, layers: list, obs: np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:
         """Actions [N] or [N, A] at observations [N, D]: sampled, or without rng the greedy ones.
 
-        In NumPy, with layers from numpy_layers(): for a batch this small it takes a quarter of torch's time.
+        In NumPy: for a batch this small it takes a quarter of torch's time.
         """
-        x = self.seen(torch.from_numpy(obs)).numpy() if self.norm else obs
+        x = obs
         for weight, bias in layers[:-1]:
             x = np.tanh(x @ weight + bias)
         x = x @ layers[-1][0] + layers[-1][1]
         if self.discrete:  # the argmax of logits plus Gumbel noise is a sample of their softmax
             return (x if rng is None else x + rng.gumbel(size=x.shape)).argmax(-1)
-        return x if rng is None else x + self.log_std.exp().cpu().numpy() * rng.standard_normal(x.shape)
+        return x if rng is None else x + self.log_std.detach().exp().cpu().numpy() * rng.standard_normal(x.shape)
 
 
 # 4. The mathematics -----------------------------------------------------------------------------
@@ -372,7 +371,7 @@ def train(args: Args) -> Path:
     torch.set_num_threads(1)  # small matrices: more threads only wait for each other
     env = try_env(args.env, args.capture_video)
     obs_dim, space = env.observation_space.shape[0], env.action_space
-    agent = Agent(obs_dim, space, args.hidden, args.norm_obs).to(device)
+    agent = Agent(obs_dim, space, args.hidden).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=device.type != "mps")
     return_stats = RunningMeanStd()
     parts = dict(agent=agent, optimizer=optimizer, return_stats=return_stats)
@@ -453,8 +452,8 @@ def train(args: Args) -> Path:
                 "losses/entropy": entropy, "losses/approx_kl": approx_kl, "losses/clipfrac": clipfrac,
                 "losses/explained_variance": explained_variance(values[:-1][valid], returns[valid]),
             })  # fmt: skip
-            if agent.norm:
-                agent.norm.update(obs[:-1][valid])  # after learning: what played is what is compared in the ratio
+            if args.norm_obs:
+                agent.norm.update(obs[:-1][valid])  # now, when no ratio compares two sides of it
             obs[0], done[0], discounted[0] = obs[T], done[T], discounted[T]
     envs.close()
     return run.finish(evaluate(args, agent, run.folder))
