@@ -47,7 +47,7 @@ gym.register("Noise-v0", entry_point=Noise, kwargs={"size": 36})
 def settings(tmp_path, env, **changes):
     """The settings of a small fast run."""
     small = dict(total_timesteps=400, num_envs=4, buffer_size=200, learning_starts=100, train_frequency=16,
-                 gradient_steps=1, target_network_frequency=16, batch_size=8, eval_episodes=2, seed=3)  # fmt: skip
+                 target_network_frequency=1, batch_size=8, eval_episodes=2, seed=3)  # fmt: skip
     return atari.Args(env=env, run_dir=str(tmp_path), **(small | changes))
 
 
@@ -70,7 +70,7 @@ def rows_of(folder):
 # The mathematics ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["linear_schedule", "n_step_return", "td_target"])
+@pytest.mark.parametrize("name", ["linear_schedule", "n_step_return", "td_target", "update_target", "combine_dueling"])
 def test_the_mathematics_is_that_of_dqn(name):
     """The same text, so that the tests of dqn.py hold for it too."""
     assert inspect.getsource(getattr(atari, name)) == inspect.getsource(getattr(dqn, name))
@@ -91,9 +91,9 @@ def play(steps, N=3, K=4, buffer_size=60, seed=0):
     rng = np.random.default_rng(seed)
     obs, stacks = raw.reset(seed=seed)[0], wrapped.reset(seed=seed)[0]
     replay, log, ended = atari.Replay(buffer_size, N, (4, 4), K), [], np.zeros(N, bool)
-    replay.begin(obs)
+    replay.frames[replay.head] = obs
     for _ in range(steps):
-        np.testing.assert_array_equal(replay.stacks(replay.row()), stacks)
+        np.testing.assert_array_equal(replay.stacks(replay.head, np.arange(N)), stacks)
         actions, valid = rng.integers(3, size=N), ~ended
         obs, rewards, terminated, truncated, _ = raw.step(actions + 5)
         log.append((stacks, actions, rewards, terminated, truncated, valid))
@@ -104,13 +104,13 @@ def play(steps, N=3, K=4, buffer_size=60, seed=0):
     return replay, log
 
 
-def slots_by_step(replay, log):
-    """(slot, t, n) of every transition that the memory should offer."""
-    for back in range(1, replay.size // replay.N + 1):
-        t = len(log) - 1 - back
+def places(replay, log):
+    """(row of the ring, step, environment) of every transition that the memory should offer."""
+    for back in range(1, replay.rows + 1):
+        step = len(log) - 1 - back
         for n in range(replay.N):
-            if log[t][5][n]:
-                yield replay.row(back)[n], t, n
+            if log[step][5][n]:
+                yield (replay.head - back) % replay.T, step, n
 
 
 @pytest.mark.parametrize(
@@ -120,8 +120,9 @@ def test_stacks_and_returns_are_those_of_the_episodes(steps, K, n_step):
     """play() compares the newest stacks with FrameStackObservation's; here everything that can be drawn."""
     replay, log = play(steps, K=K)
     gamma, seen = 0.9, 0
-    for slot, t, n in slots_by_step(replay, log):
-        obs, actions, returns, discounts, next_obs = replay.batch(np.array([slot]), n_step, gamma)
+    for row, t, n in places(replay, log):
+        batch = replay.batch(np.array([row]), np.array([n]), n_step, gamma)
+        obs, actions, returns, discounts, next_obs = batch
         expected, end = 0.0, t
         for k in range(n_step):
             expected += gamma**k * log[t + k][2][n]
@@ -135,55 +136,25 @@ def test_stacks_and_returns_are_those_of_the_episodes(steps, K, n_step):
         assert discounts[0] == pytest.approx(0 if terminated else gamma ** (end - t), rel=1e-5)
         np.testing.assert_array_equal(next_obs[0], log[end][0][n])  # at an episode's end its true last stack
         seen += 1
-    assert seen > replay.size * 0.7
+    assert seen > replay.rows * replay.N * 0.7
 
 
 @pytest.mark.parametrize("steps", [12, 90])
 def test_draw_gives_every_transition_and_nothing_else(steps):
     replay, log = play(steps)
-    drawn, counts = np.unique(replay.draw(20_000, np.random.default_rng(1)), return_counts=True)
-    assert set(drawn) == {slot for slot, _, _ in slots_by_step(replay, log)}
+    drawn = np.stack(replay.draw(20_000, np.random.default_rng(1)), 1)
+    drawn, counts = np.unique(drawn, axis=0, return_counts=True)
+    assert set(map(tuple, drawn)) == {(row, n) for row, _, n in places(replay, log)}
     assert counts.max() / counts.min() < 1.8  # 3.4 standard deviations each way at 340 draws
 
 
 def test_the_memory_holds_what_was_asked_for_and_each_frame_once():
     replay = atari.Replay(1_000_000, 8, (84, 84), 4)
-    assert replay.slots - replay.spare == 1_000_000
+    assert (replay.T - replay.K) * replay.N == 1_000_000
     assert replay.frames.nbytes == (1_000_000 + 8 * 4) * 84 * 84
     arrays = [value for value in vars(replay).values() if isinstance(value, np.ndarray)]
     assert round(sum(array.nbytes for array in arrays) / 1e9, 2) == 7.07  # what the help of --buffer-size says
-    assert play(90, buffer_size=60)[0].size == 60
-
-
-def test_begin_again_cuts_what_was_under_way():
-    """After a resumption nothing old leads into the new episode, neither a stack nor a return."""
-    replay, log = play(40)
-    last_stacks = log[-1][0]
-    replay.begin(np.full((3, 4, 4), 7, np.uint8))
-    assert (replay.stacks(replay.row()) == 7).all()
-    assert not replay.valid[replay.row(1)].any()
-    newest = replay.row(2)[log[-2][5]]
-    assert len(newest)
-    _, _, returns, _, next_obs = replay.batch(newest, 3, 0.9)
-    np.testing.assert_array_equal(next_obs, last_stacks[log[-2][5]])
-    np.testing.assert_allclose(returns, log[-2][2][log[-2][5]], rtol=1e-6)
-
-
-@pytest.mark.parametrize("steps", [12, 90])
-def test_a_saved_memory_comes_back_whole(tmp_path, steps):
-    replay, _ = play(steps)
-    for _ in range(2):  # the second takes the first one's place
-        replay.save(tmp_path / "replay")
-    copy = atari.Replay(60, 3, (4, 4), 4)
-    copy.load(tmp_path / "replay")
-    slots = replay.draw(100, np.random.default_rng(0))
-    for ours, theirs in zip(replay.batch(slots, 3, 0.9), copy.batch(slots, 3, 0.9), strict=True):
-        np.testing.assert_array_equal(ours, theirs)
-    np.testing.assert_array_equal(slots, copy.draw(100, np.random.default_rng(0)))
-    assert [path.name for path in tmp_path.iterdir()] == ["replay"]
-    with pytest.raises(SystemExit) as stop:
-        atari.Replay(63, 3, (4, 4), 4).load(tmp_path / "replay")
-    assert stop.value.code == 2
+    assert play(90, buffer_size=60)[0].rows == 20
 
 
 # The environment ------------------------------------------------------------------------------
@@ -191,11 +162,13 @@ def test_a_saved_memory_comes_back_whole(tmp_path, steps):
 
 def test_atari_frames_are_skipped_once_and_sticky_as_told(tmp_path):
     env = atari.make_env(atari.Args(repeat_action_probability=0.125, noop_max=0))
-    obs, info = env.reset(seed=0)
+    obs, _ = env.reset(seed=0)
     assert obs.shape == (84, 84) and obs.dtype == np.uint8
     assert env.unwrapped.ale.getFloat("repeat_action_probability") == 0.125
-    frames = [info["episode_frame_number"]]
-    frames += [env.step(0)[4]["episode_frame_number"] for _ in range(3)]
+    frames = [env.unwrapped.ale.getEpisodeFrameNumber()]
+    for _ in range(3):
+        env.step(0)
+        frames.append(env.unwrapped.ale.getEpisodeFrameNumber())
     assert np.diff(frames).tolist() == [4, 4, 4]
     assert atari.make_env(atari.Args()).unwrapped.ale.getFloat("repeat_action_probability") == 0.25
 
@@ -203,21 +176,25 @@ def test_atari_frames_are_skipped_once_and_sticky_as_told(tmp_path):
 def test_episodes_begin_with_different_numbers_of_noops():
     env = atari.make_env(atari.Args(noop_max=30))
     env.reset(seed=0)
-    assert len({env.reset()[1]["episode_frame_number"] for _ in range(10)}) > 3
+    starts = set()
+    for _ in range(10):
+        env.reset()
+        starts.add(env.unwrapped.ale.getEpisodeFrameNumber())
+    assert len(starts) > 3
 
 
 def test_a_lost_life_ends_the_return_but_not_the_game(tmp_path, monkeypatch):
     changes = dict(total_timesteps=600, num_envs=2, buffer_size=1000, learning_starts=10_000, end_e=1.0)
-    monkeypatch.setattr(atari, "evaluate", lambda *a: np.zeros(1))
-    monkeypatch.setattr(atari.QNetwork, "act", lambda self, stacks: np.zeros(len(stacks), int))
+    monkeypatch.setattr(atari, "evaluate", lambda *a: {"returns": np.zeros(1)})
+    monkeypatch.setattr(atari.QNetwork, "values", lambda self, stacks: np.eye(4)[np.zeros(len(stacks), int)])
     _, replay, _ = trained(tmp_path, "ALE/Breakout-v5", monkeypatch, terminal_on_life_loss=True, **changes)
-    deaths = np.flatnonzero(replay.terminated)
-    game_goes_on = replay.valid[(deaths + replay.N) % replay.slots]
-    assert len(deaths) >= 4 and np.count_nonzero(game_goes_on) >= 0.7 * len(deaths)
-    assert (replay.age[deaths + replay.N] > 0).all()  # stacks go through a lost life
+    rows, n = np.nonzero(replay.terminated)
+    game_goes_on = replay.valid[(rows + 1) % replay.T, n]
+    assert len(rows) >= 4 and np.count_nonzero(game_goes_on) >= 0.7 * len(rows)
+    assert (replay.age[rows + 1, n] > 0).all()  # stacks go through a lost life
     _, replay, _ = trained(tmp_path, "ALE/Breakout-v5", monkeypatch, **changes)
-    deaths = np.flatnonzero(replay.terminated)
-    assert not replay.valid[(deaths + replay.N) % replay.slots].any()
+    rows, n = np.nonzero(replay.terminated)
+    assert not replay.valid[(rows + 1) % replay.T, n].any()
 
 
 @pytest.mark.parametrize("clip", [True, False])
@@ -233,11 +210,10 @@ def test_returns_and_lengths_are_those_of_all_finished_episodes(tmp_path, monkey
     _, replay, folder = trained(tmp_path, "Noise-v0", monkeypatch, clip_rewards=False, buffer_size=1000, num_envs=2)
     lengths, returns = [], []
     for n in range(2):
-        slots = np.arange(n, replay.size, 2)
-        slots = slots[replay.valid[slots]]
-        ends = np.flatnonzero(replay.terminated[slots] | replay.truncated[slots]) + 1
+        rows = np.flatnonzero(replay.valid[: replay.rows, n])
+        ends = np.flatnonzero(replay.terminated[rows, n] | replay.truncated[rows, n]) + 1
         lengths += np.diff(ends, prepend=0).tolist()
-        returns += [part.sum() for part in np.split(replay.rewards[slots], ends)[:-1]]
+        returns += [part.sum() for part in np.split(replay.rewards[rows, n], ends)[:-1]]
     last = rows_of(folder)[-1]
     assert 30 < len(lengths) <= 100  # the means are over 100 episodes
     assert float(last["charts/episodic_length"]) == pytest.approx(np.mean(lengths))
@@ -329,10 +305,10 @@ def test_a_fixed_batch_is_learnt_to_zero_loss(dueling):
 
 def test_target_network_lags(tmp_path):
     def same(frequency):
-        saved = trained(tmp_path, CATCH, target_network_frequency=frequency)
+        saved = trained(tmp_path, CATCH, target_network_frequency=frequency)["parts"]
         return all(torch.equal(saved["q_net"][key], saved["target_net"][key]) for key in saved["q_net"])
 
-    assert same(16)  # a copy at every gradient step
+    assert same(1)  # a copy at every gradient step
     assert not same(10_000)
 
 
@@ -340,9 +316,9 @@ def test_target_network_lags(tmp_path):
 def test_the_target_network_values_and_the_online_one_chooses_if_double(tmp_path, monkeypatch, double):
     batch = atari.Replay.batch
 
-    def checked_batch(self, slots, n_step, gamma):
+    def checked_batch(self, t, n, n_step, gamma):
         assert (n_step, gamma) == (2, 0.9)
-        return batch(self, slots, n_step, gamma)
+        return batch(self, t, n, n_step, gamma)
 
     monkeypatch.setattr(atari.Replay, "batch", checked_batch)
     same = small_runs.watch_td_targets(atari, monkeypatch, double)
@@ -351,39 +327,35 @@ def test_the_target_network_values_and_the_online_one_chooses_if_double(tmp_path
 
 
 def test_schedules_are_followed_and_epsilon_is_the_share_of_random_actions(tmp_path, monkeypatch):
-    monkeypatch.setattr(atari.QNetwork, "act", lambda self, stacks: np.full(len(stacks), 2))
+    monkeypatch.setattr(atari.QNetwork, "values", lambda self, stacks: np.tile([0.0, 0.0, 1.0], (len(stacks), 1)))
     no_learning = dict(total_timesteps=8000, buffer_size=16_000, learning_starts=10_000)
     _, replay, folder = trained(tmp_path, CATCH, monkeypatch, **no_learning, exploration_fraction=0.5, end_e=0.1)
     columns = ("step", "charts/epsilon", "charts/learning_rate")
     steps, epsilons, rates = (np.array([float(row[key]) for row in rows_of(folder)]) for key in columns)
-    np.testing.assert_allclose(epsilons, np.maximum(1 - 0.9 * (steps - 16) / 4000, 0.1), atol=0.02)
-    np.testing.assert_allclose(rates, 1e-4 * (1 - (steps - 16) / 8000), atol=1e-6)
-    first, last = replay.actions[:2000] != 2, replay.actions[replay.head - 2000 : replay.head] != 2
+    np.testing.assert_allclose(epsilons, np.maximum(1 - 0.9 * (steps - 4) / 4000, 0.1), atol=0.02)
+    np.testing.assert_allclose(rates, 1e-4 * (1 - (steps - 4) / 8000), atol=1e-6)
+    first, last = replay.actions[:500] != 2, replay.actions[replay.head - 500 : replay.head] != 2
     assert first.mean() == pytest.approx(2 / 3 * (1 - 0.9 * 900 / 4000), abs=0.05)
     assert last.mean() == pytest.approx(2 / 3 * 0.1, abs=0.03)
 
 
-def test_resume_goes_on_with_the_memory_or_says_that_there_is_none(tmp_path, capsys, monkeypatch):
-    def resumed(**changes):
-        """What is printed when a run that Ctrl-C stopped at step 192 goes on to step 400."""
-        report = atari.RunRecord.report
+def test_resume_fills_the_memory_before_it_learns_on(tmp_path, capsys, monkeypatch):
+    report, rows, draw = atari.Run.report, [], atari.Replay.draw
 
-        def interrupt(self, step, metrics):
-            report(self, step, metrics)
-            if step >= 192:
-                raise KeyboardInterrupt
+    def interrupt(self, step, metrics):
+        report(self, step, metrics)
+        if step >= 192:
+            raise KeyboardInterrupt
 
-        with monkeypatch.context() as patch, pytest.raises(SystemExit):
-            patch.setattr(atari.RunRecord, "report", interrupt)
-            atari.train(settings(tmp_path, CATCH, **changes))
-        folder = capsys.readouterr().err.split()[-1]
-        args = atari.parse_args(atari.Args, atari.PRESETS, ["--resume", folder])
-        assert str(atari.train(args)) == folder
-        assert json.loads((tmp_path / folder / "summary.json").read_text())["steps"] >= 400
-        return capsys.readouterr().out
-
-    assert "going on with the replay memory of 200 transitions" in resumed(save_buffer=True)
-    assert "100 steps will fill it first" in resumed()
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(atari.Run, "report", interrupt)
+        atari.train(settings(tmp_path, CATCH))
+    folder = capsys.readouterr().err.split()[-1]
+    monkeypatch.setattr(atari.Replay, "draw", lambda self, *a: (rows.append(self.rows), draw(self, *a))[1])
+    assert stop.value.code == 130
+    assert str(atari.train(atari.parse_args(["--resume", folder]))) == folder
+    assert json.loads((tmp_path / folder / "summary.json").read_text())["steps"] >= 400
+    assert 25 <= rows[0] <= 33  # 100 steps of four environments, a tenth of the rows resets
 
 
 @pytest.mark.parametrize(
@@ -393,15 +365,15 @@ def test_resume_goes_on_with_the_memory_or_says_that_there_is_none(tmp_path, cap
         (["--env", "PongNoFrameskip-v4"], "ALE/<Game>-v5"),
         (["--env", "CartPole-v1"], "images"),
         (["--env", CATCH, "--terminal-on-life-loss"], "lives"),
-        (["--frame-stack", "0"], "--frame-stack must be positive"),
+        (["--frame-stack", "0"], "--frame-stack must be > 0"),
         (["--repeat-action-probability", "1.5"], "[0, 1]"),
         (["--buffer-size", "7"], "--buffer-size"),
-        (["--buffer-size", "1000000000000"], "no memory"),
+        (["--buffer-size", "1000000000000"], "no memory for a replay of 1,000,000,000,000 transitions, 6,5"),
     ],
 )
 def test_bad_settings_end_with_one_line(flags, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
-        atari.train(atari.parse_args(atari.Args, atari.PRESETS, [*flags, "--run-dir", str(tmp_path)]))
+        atari.train(atari.parse_args([*flags, "--run-dir", str(tmp_path)]))
     error = capsys.readouterr().err
     assert stop.value.code == 2 and message in error and error.count("\n") == 1
     assert not list(tmp_path.iterdir())
@@ -426,8 +398,8 @@ def test_one_frame_of_the_drifting_ball_is_worth_a_tossed_coin():
 
 def score(tmp_path, **changes):
     """The greedy return on the drifting ball after 30,000 steps."""
-    catch = dict(total_timesteps=30_000, num_envs=16, learning_rate=1e-3, train_frequency=64, gradient_steps=4,
-                 batch_size=32, buffer_size=50_000, target_network_frequency=1000, learning_starts=1000,
+    catch = dict(total_timesteps=30_000, num_envs=16, learning_rate=1e-3, train_frequency=16,
+                 batch_size=32, buffer_size=50_000, target_network_frequency=62, learning_starts=1000,
                  exploration_fraction=0.5, eval_episodes=200, seed=1)  # fmt: skip
     folder = atari.train(settings(tmp_path, DRIFT, **(catch | changes)))
     return json.loads((folder / "summary.json").read_text())["eval_return_mean"]
