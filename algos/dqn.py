@@ -25,7 +25,7 @@ Run      python algos/dqn.py
          python algos/dqn.py --env Acrobot-v1 --dueling --prioritized-replay-alpha 0.6
          python algos/dqn.py --no-double --n-step 1 --tau 1 --target-network-frequency 50     (plain DQN)
          python algos/dqn.py --no-double --n-step 1 --tau 1 --target-network-frequency 1      (no target network)
-         python algos/dqn.py --no-double --n-step 1 --tau 0.1 --buffer-size 128               (no replay)
+         python algos/dqn.py --no-double --n-step 1 --tau 0.1 --buffer-size 256               (no replay)
          python algos/dqn.py --eval runs/<folder> --capture-video
 
 Expect   Greedy return over 100 episodes at the end of training, on seeds which nothing was tuned on:
@@ -137,8 +137,8 @@ class Args:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "CartPole-v1": dict(
-        total_timesteps=640_000, buffer_size=300_000, train_frequency=128, learning_rate=5e-3, gamma=0.995,
-        n_step=15, tau=0.02, reward_scale=0.05,
+        total_timesteps=640_000, buffer_size=300_000, train_frequency=256, batch_size=256, learning_rate=8e-3,
+        gamma=0.995, n_step=15, tau=0.04, reward_scale=0.05,
     ),
     "LunarLander-v3": dict(total_timesteps=1_200_000, buffer_size=400_000, reward_scale=0.05, hidden=128),
     "Acrobot-v1": dict(
@@ -408,9 +408,8 @@ def train(args: Args) -> Path:
         return run.finish(**evaluate(args, q_net, run.folder))
 
     rng, N, alpha = np.random.default_rng([args.seed, run.step]), args.num_envs, args.prioritized_replay_alpha
-    replay = (
-        PrioritizedReplay(args.buffer_size, N, obs_shape, alpha) if alpha else Replay(args.buffer_size, N, obs_shape)
-    )
+    sizes = (args.buffer_size, N, obs_shape)
+    replay = PrioritizedReplay(*sizes, alpha) if alpha else Replay(*sizes)
     weights = torch.ones(args.batch_size, device=device)
     envs = make_envs(args.env, N)
     obs, _ = envs.reset(seed=int(rng.integers(10**9)))

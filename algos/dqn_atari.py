@@ -201,8 +201,7 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
         if not atari and "ale_py" in str(env.spec.entry_point):
             fail(f"{args.env} is an old name; Atari games are called ALE/<Game>-v5 here, see --frame-skip for the rest")
         if atari:
-            env = gym.wrappers.AtariPreprocessing(env, noop_max=args.noop_max, frame_skip=args.frame_skip)
-            return OnlyLives(env)
+            return OnlyLives(gym.wrappers.AtariPreprocessing(env, args.noop_max, args.frame_skip))
         space = env.observation_space
         if getattr(space, "dtype", None) != np.uint8 or len(space.shape) not in (2, 3):
             fail(f"{args.env} observes {space}; this script handles images of bytes; see dqn.py")

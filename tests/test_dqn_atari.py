@@ -231,6 +231,58 @@ def test_colour_images_become_grey_and_small():
     assert env.observation_space.shape == env.reset()[0].shape == (84, 84)
 
 
+class Guest(Noise):
+    """Infos that no vector environment can stack, seeds of 32 bits only, no end once the evaluation begins."""
+
+    def reset(self, *, seed=None, options=None):
+        assert seed is None or 0 <= seed < 2**32
+        self.t, self.endless = 0, seed is not None and seed >= 10**9
+        return super().reset(seed=seed, options=options)
+
+    def step(self, action):
+        self.t += 1
+        obs, _, terminated, truncated, _ = super().step(action)
+        return obs, 1.0, terminated and not self.endless, truncated and not self.endless, {"found": np.zeros(self.t)}
+
+
+class ArrayReward(Noise):
+    def step(self, action):
+        return self.frame(), np.ones(1), True, False, {}
+
+
+gym.register("NoiseGuest-v0", entry_point=Guest, kwargs={"size": 36})
+gym.register("NoiseArrayReward-v0", entry_point=ArrayReward, kwargs={"size": 36})
+
+
+def test_an_unusual_game_is_trained_and_an_evaluation_without_end_is_cut(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(atari.QNetwork, "values", lambda self, stacks: np.zeros((len(stacks), 3)))
+    folder = atari.train(settings(tmp_path, "NoiseGuest-v0", seed=2**31 - 1, eval_episodes=1))
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    assert summary["steps"] >= 400 and summary["eval_return_mean"] == 27_000
+    assert "1 of 1 evaluation episodes were cut after 27,000 steps" in capsys.readouterr().out
+
+
+def test_a_game_of_a_named_module_is_an_atari_game_too():
+    env = atari.make_env(atari.Args(env="ale_py:ALE/Pong-v5", noop_max=0))
+    assert env.observation_space.shape == (84, 84)
+    env.reset(seed=0)
+    assert env.unwrapped.ale.getFloat("repeat_action_probability") == 0.25
+
+
+@pytest.mark.parametrize(
+    ("env", "changes", "message"),
+    [
+        ("NoiseArrayReward-v0", {}, "a reward of shape (1,)"),
+        ("Noise-v0", dict(capture_video=True), "Noise-v0"),  # it cannot render
+    ],
+)
+def test_what_cannot_be_played_ends_with_one_line_before_training(tmp_path, capsys, env, changes, message):
+    with pytest.raises(SystemExit) as stop:
+        atari.train(settings(tmp_path, env, **changes))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and message in error and error.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
 # The network ----------------------------------------------------------------------------------
 
 
