@@ -1,9 +1,7 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = [
-#   "torch>=2.4", "gymnasium[classic-control,box2d]>=1.1", "numpy>=1.26",
-#   "tyro>=0.9", "tqdm>=4.60", "matplotlib>=3.8", "wandb>=0.17", "moviepy>=2.0",
-# ]
+# dependencies = ["torch>=2.4", "gymnasium[classic-control,box2d]>=1.1", "numpy>=1.26", "tyro>=0.9", "tqdm>=4.60",
+#                 "matplotlib>=3.8", "wandb>=0.17", "moviepy>=2.0"]
 # ///
 """Advantage actor-critic (A2C) with generalized advantage estimation, discrete and continuous actions.
 
@@ -24,8 +22,8 @@ Papers   Mnih et al. 2016, Asynchronous Methods for Deep RL (A3C; A2C is its syn
 Run      python algos/a2c_gae.py
          python algos/a2c_gae.py --env LunarLander-v3
          python algos/a2c_gae.py --env Pendulum-v1 --seed 2
-         python algos/a2c_gae.py --optimizer rmsprop --shared-network     (nearer to the paper)
-         python algos/a2c_gae.py --gae-lambda 0 --variance-every 20       (how noisy is the gradient?)
+         python algos/a2c_gae.py --gae-lambda 0                  (trust the critic beyond one step)
+         python algos/a2c_gae.py --gae-lambda 1                  (trust the return alone)
          python algos/a2c_gae.py --eval runs/<folder> --capture-video
 
 Expect   Greedy return over 100 episodes at the end of training, on seeds which nothing was tuned on: 101-110,
@@ -47,9 +45,9 @@ Deviations from the paper
  2. GAE instead of the n-step advantage, which is lambda 1 here: the sum to the rollout's end.
  3. Endings. An episode that ends by its rules (terminated) is worth nothing afterwards; one cut by a
     time limit (truncated) is bootstrapped from the value of its true last observation.
- 4. Adam instead of RMSprop, and actor and critic as separate networks; both flags lead back. A critic
-    of its own can learn faster than the actor: --critic-epochs gives it several gradient steps per
-    rollout, without which it lags behind the policy that it judges.
+ 4. Adam instead of RMSprop, and actor and critic as separate networks. A critic of its own can learn
+    faster than the actor: --critic-epochs gives it several gradient steps per rollout, without which it
+    lags behind the policy that it evaluates.
  5. Advantages are not normalised, except on LunarLander. In a batch where nothing happens they are
     small and noisy; normalised they weigh as much as those of the batch with the crash. There it helps:
     a landed craft that idles with its side engines loses .03 a step and never rests, which would earn
@@ -58,109 +56,84 @@ Deviations from the paper
  7. --reward-scale multiplies rewards inside the learner only (all scores are reported unscaled): it
     brings returns to the size at which the critic learns quickly.
  8. Box actions are rescaled: the policy's [-1, 1] is the action space's [low, high].
-
---variance-every measures what lambda trades: it draws independent estimates of the policy gradient
-(without the entropy bonus) from fresh episodes and logs losses/grad_variance, losses/grad_snr and
-losses/grad_cosine, all for estimates of --variance-steps environment steps; reinforce.py does the same.
 """
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import dataclasses
-import io
-import itertools
 import json
 import math
 import os
 import platform
-import random
 import re
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, NoReturn
+from typing import Any, Literal, NoReturn
 
 import gymnasium as gym
 import numpy as np
 import torch
 import tyro
-from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from gymnasium.spaces import Box, Discrete
 from torch import Tensor, nn
+from torch.distributions import Categorical, Distribution, Independent, Normal
+from torch.nn.functional import mse_loss
 from tqdm import tqdm
+
+NEXT_STEP = gym.vector.AutoresetMode.NEXT_STEP
+Distribution.set_default_validate_args(False)  # a check at every call takes longer than the call
 
 # 1. Settings ------------------------------------------------------------------------------------
 
 
 @dataclass
 class Args:
-    env: Annotated[str, tyro.conf.arg(aliases=["--env-id"])] = "CartPole-v1"
-    """gymnasium id of the environment, for example LunarLander-v3"""
-    seed: int = 1
-    """seed of every random number: network, actions, environments; >= 0"""
-    total_timesteps: int = 1_000_000
-    """environment steps to train for, counted over all parallel environments"""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """where the updates run; auto is the CPU, faster than a GPU for networks this small"""
-    track: bool = False
-    """send the metrics to Weights & Biases too (WANDB_MODE=offline keeps them on this machine)"""
-    wandb_project: str = "plainrl"
-    """the project's name on Weights & Biases"""
-    wandb_entity: str | None = None
-    """the user or team on Weights & Biases; None is your default one"""
-    run_dir: str = "runs"
-    """folder in which the run's own folder is made"""
-    capture_video: bool = False
-    """film the first three evaluation episodes into the run folder"""
-    eval: str | None = None
-    """evaluate this saved run (a run folder or its model.pt) and exit"""
-    resume: str | None = None
-    """go on with this interrupted run (a run folder or its model.pt)"""
-    eval_episodes: int = 100
-    """greedy episodes played after training, on seeds never trained on; >= 1"""
+    env: str = "CartPole-v1"  # gymnasium id of the environment, for example LunarLander-v3
+    seed: int = 1  # seed of every random number: network, actions, minibatches, environments
+    total_timesteps: int = 1_000_000  # environment steps to train for, over all parallel environments
+    device: Literal["auto", "cpu", "cuda", "mps"] = "cpu"  # the CPU is faster than a GPU for networks this small
+    track: bool = False  # send the metrics to Weights & Biases too (WANDB_PROJECT, _ENTITY and _MODE say where)
+    run_dir: str = "runs"  # folder in which the run's own folder is made
+    capture_video: bool = False  # film the first evaluation episode
+    eval: str | None = None  # evaluate this saved run (its folder) and exit
+    resume: str | None = None  # go on with this interrupted run (its folder)
+    eval_episodes: int = 100  # greedy episodes played after training, on seeds never trained on
 
-    num_envs: int = 16
-    """environments stepped in parallel (N); more of them decorrelate the batch"""
-    num_steps: int = 32
-    """steps per environment and rollout (T); one update learns from N * T transitions"""
-    optimizer: Literal["adam", "rmsprop"] = "adam"
-    """adam, or the paper's RMSprop"""
-    learning_rate: float = 1e-3
-    """the optimizer's step size at the start; > 0"""
-    anneal_lr: bool = True
-    """lower the learning rate linearly to zero over total-timesteps"""
-    gamma: float = 0.99
-    """discount factor of future rewards, in [0, 1]"""
-    gae_lambda: float = 0.95
-    """GAE's lambda, in [0, 1]: 0 trusts the critic (bias), 1 trusts the sampled return (variance)"""
-    norm_adv: bool = False
-    """normalise advantages to mean 0 and standard deviation 1 in each rollout"""
-    ent_coef: float = 0.0
-    """weight of the entropy bonus, which keeps the policy exploring; >= 0"""
-    vf_coef: float = 0.5
-    """weight of the value loss; >= 0"""
-    critic_epochs: int = 1
-    """gradient steps of the critic on each rollout (the actor takes one); 1 is the paper's"""
-    max_grad_norm: float = 0.5
-    """the gradient's norm is scaled down to at most this; > 0"""
-    bootstrap_truncated: bool = True
-    """bootstrap where a time limit cut an episode; --no-bootstrap-truncated treats the limit as a death"""
-    reward_scale: float = 1.0
-    """factor on rewards inside the learner; aim at returns of the order of 10"""
-    shared_network: bool = False
-    """actor and critic share their hidden layers, as in the paper; otherwise they are two networks"""
-    hidden: int = 64
-    """units in each of the two hidden layers of actor and critic"""
-    variance_every: int | None = None
-    """measure the noise of the gradient estimate every so many updates; None never does"""
-    variance_samples: int = 16
-    """independent estimates behind such a measurement (K); >= 2"""
-    variance_steps: int = 2048
-    """environment steps behind each estimate, the same for every setting and script"""
+    num_envs: int = 16  # environments stepped in parallel (N); more of them decorrelate the batch
+    num_steps: int = 32  # steps per environment and rollout (T); one update learns from N * T transitions
+    learning_rate: float = 1e-3  # Adam's step size at the start
+    anneal_lr: bool = True  # lower the learning rate linearly to zero
+    critic_epochs: int = 1  # gradient steps on V per rollout; the policy takes one
+    gamma: float = 0.99  # discount factor of future rewards, in [0, 1]
+    gae_lambda: float = 0.95  # in [0, 1]: 0 trusts the critic (bias), 1 trusts the sampled return (variance)
+    norm_adv: bool = False  # normalise advantages to mean 0 and standard deviation 1 in each batch
+    ent_coef: float = 0.0  # weight of the entropy bonus, which keeps the policy exploring
+    vf_coef: float = 0.5  # weight of the value loss
+    max_grad_norm: float = 0.5  # the gradient's norm is scaled down to at most this
+    bootstrap_truncated: bool = True  # --no-bootstrap-truncated treats a time limit as a death
+    reward_scale: float = 1.0  # factor on rewards inside the learner; aim at returns of the order of 10
+    hidden: int = 64  # units in each of the two hidden layers of actor and critic
+
+    def __post_init__(self):
+        check(
+            self,
+            "> 0",
+            "total_timesteps",
+            "eval_episodes",
+            "num_envs",
+            "num_steps",
+            "learning_rate",
+            "critic_epochs",
+            "max_grad_norm",
+            "reward_scale",
+            "hidden",
+        )
+        check(self, ">= 0", "ent_coef", "vf_coef")
+        check(self, "in [0, 1]", "gamma", "gae_lambda")
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -182,55 +155,80 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def validate(args: Args) -> None:
-    """Ends the program with one line if a setting makes no sense."""
-    for name in ("total_timesteps", "num_envs", "num_steps", "hidden", "eval_episodes", "learning_rate",
-                 "critic_epochs", "max_grad_norm", "reward_scale", "variance_every", "variance_steps"):  # fmt: skip
-        if getattr(args, name) is not None and not getattr(args, name) > 0:
-            fail(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
-    for name in ("seed", "ent_coef", "vf_coef"):
-        if not getattr(args, name) >= 0:
-            fail(f"--{name.replace('_', '-')} must not be negative, but is {getattr(args, name)}")
-    for name in ("gamma", "gae_lambda"):
-        if not 0 <= getattr(args, name) <= 1:
-            fail(f"--{name.replace('_', '-')} must lie in [0, 1], not {getattr(args, name)}")
-    if args.num_steps < 2:
-        fail("--num-steps must be at least 2: a rollout of one step may hold nothing but resets")
-    if args.variance_samples < 2:
-        fail(f"--variance-samples must be at least 2, not {args.variance_samples}")
-
-
 # 2. Environment ---------------------------------------------------------------------------------
 
 
-def make_env(env_id: str, **kwargs: Any) -> gym.Env:
-    """One environment with flat observations; ends the program with one line if there is none."""
+class WithoutInfo(gym.Wrapper):
+    """Drops the info dictionaries: nobody reads them here, and not all of them can be stacked."""
+
+    def reset(self, **kwargs: Any) -> tuple[Any, dict]:
+        obs, _ = self.env.reset(**kwargs)
+        return obs, {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict]:
+        obs, reward, terminated, truncated, _ = self.env.step(action)
+        return obs, reward, terminated, truncated, {}
+
+
+def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
+    """One environment with observations [D]; ends the program with one line if it cannot be made."""
     try:
-        env = gym.make(env_id, disable_env_checker=True, **kwargs)
-        gym.spec(env_id.split(":")[-1])  # make guesses a missing version, spec does not
-    except (gym.error.Error, ImportError) as error:
+        env = WithoutInfo(gym.make(env_id, render_mode=render_mode, disable_env_checker=True))
+        gym.spec(env_id.split(":")[-1])  # make() guesses a missing version, spec() does not
+        if len(env.observation_space.shape or ()) == 3:
+            fail(f"{env_id} shows pictures; algos/dqn_atari.py learns from pixels, this script from vectors")
+        if len(env.observation_space.shape or ()) != 1:
+            env = gym.wrappers.FlattenObservation(env)
+    except Exception as error:  # whatever the environment's own code raises
         fail(f"cannot make the environment {env_id!r}: {error}")
-    if not (isinstance(env.observation_space, gym.spaces.Box) and len(env.observation_space.shape) == 1):
-        env = gym.wrappers.FlattenObservation(env)
-    if not isinstance(env.action_space, (gym.spaces.Discrete, gym.spaces.Box)):
+    if not isinstance(env.action_space, (Discrete, Box)):
         fail(f"{env_id} has the action space {env.action_space}; this script handles Discrete and Box")
     return env
 
 
-def make_envs(env_id: str, num_envs: int) -> gym.vector.VectorEnv:
-    """N environments that reset in NEXT_STEP mode.
+def try_env(env_id: str, film: bool) -> gym.Env:
+    """An environment that has been reset and stepped once: what fails, fails before anything is trained."""
+    env = make_env(env_id, "rgb_array" if film else None)
+    try:
+        env.reset(seed=0)
+        env.action_space.seed(0)
+        obs, reward, *_ = env.step(env.action_space.sample())
+        assert np.shape(obs) == env.observation_space.shape, f"an observation of shape {np.shape(obs)}"
+        assert np.shape(reward) == (), f"a reward of shape {np.shape(reward)}, where a number is expected"
+        assert not film or np.ndim(env.render()) == 3, "no rgb_array to film"
+    except Exception as error:  # whatever the environment's own code raises
+        fail(f"{env_id} cannot be played: {type(error).__name__}: {error}")
+    return env
 
-    In this mode the step after an episode's end ignores the action and returns the first observation
-    of the next episode with reward 0. That row is no transition, and train() masks it out; in
-    return obs[t + 1] is always the true successor of obs[t], which bootstrapping needs.
+
+def make_envs(env_id: str, num_envs: int) -> gym.vector.VectorEnv:
+    """N environments that reset in NEXT_STEP mode, in their own vectorised version if they have one (CartPole).
+
+    In this mode the step after an episode's end ignores the action and returns the first observation of the
+    next episode. That row is no transition; in return obs[t + 1] is always the true successor of obs[t].
     """
-    make_env(env_id).close()  # says in one line what is wrong, if anything is
-    if gym.spec(env_id.split(":")[-1]).vector_entry_point is not None:  # a vectorised version (CartPole)
+    one = make_env(env_id)
+    if one.spec.vector_entry_point:
         envs = gym.make_vec(env_id, num_envs, vectorization_mode="vector_entry_point")
-    else:
-        envs = SyncVectorEnv([lambda: make_env(env_id)] * num_envs, autoreset_mode=AutoresetMode.NEXT_STEP)
-    assert envs.metadata["autoreset_mode"] == AutoresetMode.NEXT_STEP
-    return envs
+        spaces = envs.single_observation_space, envs.single_action_space
+        if spaces == (one.observation_space, one.action_space) and envs.metadata.get("autoreset_mode") == NEXT_STEP:
+            return envs
+    return gym.vector.SyncVectorEnv([lambda: make_env(env_id)] * num_envs, autoreset_mode=NEXT_STEP)
+
+
+def to_env(space: gym.Space, actions: np.ndarray) -> np.ndarray:
+    """The environment's form of the policy's actions, [N] or [N, A]: in a Box, [-1, 1] becomes [low, high].
+
+    Each dimension on its own: one that is unbounded on a side is not rescaled, and integers are rounded.
+    """
+    if isinstance(space, Discrete):
+        return actions + space.start
+    bounded = np.isfinite(space.low) & np.isfinite(space.high)
+    low, high = (np.where(bounded, bound, one).astype(float) for bound, one in ((space.low, -1), (space.high, 1)))
+    actions = actions.reshape(-1, *space.shape).astype(float)
+    actions = (low * (1 - actions) + high * (1 + actions)) / 2  # no high - low, which may overflow
+    actions = actions.clip(space.low, space.high)
+    return (np.rint(actions) if np.issubdtype(space.dtype, np.integer) else actions).astype(space.dtype)
 
 
 # 3. Model ---------------------------------------------------------------------------------------
@@ -238,93 +236,62 @@ def make_envs(env_id: str, num_envs: int) -> gym.vector.VectorEnv:
 
 def mlp(inputs: int, hidden: int, outputs: int, last_std: float) -> nn.Sequential:
     """Two tanh layers, orthogonal weights; a small last_std makes the first outputs nearly equal."""
-    net = nn.Sequential(
-        nn.Linear(inputs, hidden), nn.Tanh(), nn.Linear(hidden, hidden), nn.Tanh(), nn.Linear(hidden, outputs)
-    )
-    for layer, std in zip(net[::2], (math.sqrt(2), math.sqrt(2), last_std), strict=True):
+    layers = [nn.Linear(inputs, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, outputs)]
+    for layer, std in zip(layers, (2**0.5, 2**0.5, last_std), strict=True):
         nn.init.orthogonal_(layer.weight, std)
         nn.init.zeros_(layer.bias)
-    return net
+    return nn.Sequential(layers[0], nn.Tanh(), layers[1], nn.Tanh(), layers[2])
 
 
 class Agent(nn.Module):
-    """The policy (actor) and the value function (critic), two networks or two heads of one.
+    """The policy (actor) and the value function (critic), two networks.
 
     Discrete actions: the actor gives logits. Box actions: it gives the mean of a Gaussian whose
     log standard deviation is a parameter of its own, the same in every state.
     """
 
-    def __init__(self, obs_dim: int, action_space: gym.Space, hidden: int, shared: bool = False):
+    def __init__(self, obs_dim: int, action_space: gym.Space, hidden: int):
         super().__init__()
-        self.discrete = isinstance(action_space, gym.spaces.Discrete)
-        self.space = action_space
-        num_outputs = int(action_space.n) if self.discrete else int(np.prod(action_space.shape))
-        self.actor = mlp(obs_dim, hidden, num_outputs, last_std=0.01)
+        self.discrete = isinstance(action_space, Discrete)
+        outputs = int(action_space.n) if self.discrete else int(np.prod(action_space.shape))
+        self.actor = mlp(obs_dim, hidden, outputs, last_std=0.01)
         self.critic = mlp(obs_dim, hidden, 1, last_std=1.0)
-        if shared:
-            self.critic = nn.Sequential(*self.actor[:-1], self.critic[-1])
-        self.log_std = None if self.discrete else nn.Parameter(torch.zeros(num_outputs))
+        self.log_std = None if self.discrete else nn.Parameter(torch.zeros(outputs))
 
-    def policy_parameters(self) -> list[nn.Parameter]:
-        return [*self.actor.parameters()] + ([] if self.discrete else [self.log_std])
-
-    def value(self, obs: Tensor) -> Tensor:  # [B, D] -> [B]
+    def value(self, obs: Tensor) -> Tensor:  # [..., D] -> [...]
         return self.critic(obs).squeeze(-1)
 
-    def logprob_entropy(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-        """log pi(a | s) and the entropy of pi(. | s), both [B]; actions [B] or [B, A]."""
+    def policy(self, obs: Tensor) -> Distribution:
+        """The distribution of actions at observations [..., D]."""
+        outputs = self.actor(obs)
         if self.discrete:
-            logps = torch.log_softmax(self.actor(obs), dim=-1)  # [B, A]
-            entropy = -(logps.exp() * logps).sum(-1)
-            return logps.gather(1, actions.unsqueeze(1)).squeeze(1), entropy
-        z = (actions - self.actor(obs)) / self.log_std.exp()
-        logprob = (-0.5 * z**2 - self.log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
-        return logprob, (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum().expand(len(obs))
+            return Categorical(logits=outputs)
+        return Independent(Normal(outputs, self.log_std.exp()), 1)
 
-    def numpy_policy(self) -> Callable[..., np.ndarray]:
-        """The actor as a NumPy function, act(obs [N, D], noise=None) -> actions [N] or [N, A].
+    def numpy_layers(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Weights and biases of the actor: what act() computes with."""
+        linear = [layer for layer in self.actor if isinstance(layer, nn.Linear)]
+        return [(layer.weight.detach().cpu().numpy().T, layer.bias.detach().cpu().numpy()) for layer in linear]
 
-        For one small batch a forward pass in NumPy takes a quarter of torch's time. On the CPU the
-        weights below share memory with the parameters, so nothing is copied; from a GPU they are copied,
-        as is the Gaussian's deviation everywhere, so ask again after each update.
-        Without noise the action is the greedy one. Noise is standard Gumbel (argmax of logits plus
-        Gumbel noise is a sample of the softmax) or standard normal.
+    def act(self, layers: list, obs: np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:
+        """Actions [N] or [N, A] at observations [N, D]: sampled, or without rng the greedy ones.
+
+        In NumPy: for a batch this small it takes a quarter of torch's time.
         """
-        layers = [(layer.weight.detach().cpu().numpy().T, layer.bias.detach().cpu().numpy())
-                  for layer in self.actor if isinstance(layer, nn.Linear)]  # fmt: skip
-        std = None if self.discrete else self.log_std.detach().exp().cpu().numpy()
-
-        def act(obs: np.ndarray, noise: np.ndarray | None = None) -> np.ndarray:
-            x = obs
-            for weight, bias in layers[:-1]:
-                x = np.tanh(x @ weight + bias)
-            x = x @ layers[-1][0] + layers[-1][1]
-            if self.discrete:
-                return (x if noise is None else x + noise).argmax(-1)
-            return x if noise is None else x + std * noise
-
-        return act
-
-    def to_env(self, actions: np.ndarray) -> np.ndarray:
-        """The environment's form of the policy's actions: Box actions from [-1, 1] to [low, high]."""
-        if self.discrete:
-            return actions + self.space.start
-        low, high = self.space.low, self.space.high
-        if np.isfinite(low).all() and np.isfinite(high).all():
-            actions = low + (actions.reshape(-1, *low.shape) + 1) / 2 * (high - low)
-        return actions.reshape(-1, *low.shape).clip(low, high).astype(self.space.dtype)
+        x = obs
+        for weight, bias in layers[:-1]:
+            x = np.tanh(x @ weight + bias)
+        x = x @ layers[-1][0] + layers[-1][1]
+        if self.discrete:  # the argmax of logits plus Gumbel noise is a sample of their softmax
+            return (x if rng is None else x + rng.gumbel(size=x.shape)).argmax(-1)
+        return x if rng is None else x + self.log_std.detach().exp().cpu().numpy() * rng.standard_normal(x.shape)
 
 
 # 4. The mathematics -----------------------------------------------------------------------------
 
 
 def gae(
-    rewards: np.ndarray,
-    values: np.ndarray,
-    terminated: np.ndarray,
-    truncated: np.ndarray,
-    gamma: float,
-    gae_lambda: float,
+    rewards: np.ndarray, values: np.ndarray, terminated: np.ndarray, truncated: np.ndarray, gamma: float, lam: float
 ) -> np.ndarray:
     """Generalized advantage estimates (Eq. 11-12 and 16, Schulman 2015), [T, N].
 
@@ -333,10 +300,10 @@ def gae(
     terminated drops the bootstrap, truncated keeps it; both cut the recursion; the end of the rollout
     keeps the bootstrap and has nothing to cut.
     """
+    deltas = rewards + gamma * values[1:] * ~terminated - values[:-1]
+    decay = gamma * lam * ~(terminated | truncated)
     advantages = np.zeros_like(rewards)
     carry = np.zeros_like(rewards[0])
-    deltas = rewards + gamma * values[1:] * ~terminated - values[:-1]
-    decay = gamma * gae_lambda * ~(terminated | truncated)
     for t in reversed(range(len(rewards))):
         advantages[t] = carry = deltas[t] + decay[t] * carry
     return advantages
@@ -348,34 +315,6 @@ def policy_loss(logprobs: Tensor, advantages: Tensor) -> Tensor:
     return -(logprobs * advantages).mean()
 
 
-def value_loss(values: Tensor, returns: Tensor) -> Tensor:
-    """Half the mean squared error, [B] -> scalar."""
-    assert values.shape == returns.shape
-    return 0.5 * ((values - returns) ** 2).mean()
-
-
-def gradient_noise(losses: Iterable[Tensor], parameters: list[Tensor], share: float) -> tuple[float, float, float]:
-    """How noisy a policy-gradient estimate is: its variance, signal-to-noise ratio and cosine.
-
-    losses are K scalars of the same distribution, each from data of its own; their gradients g_k [P]
-    are K independent estimates of one gradient G. The variance is the trace of their covariance. As
-    averaging m estimates divides it by m, `share`, the environment steps behind an estimate divided
-    by the steps of a common budget, brings estimates of any size to that budget. The ratio is |G|^2
-    over the variance, where |G|^2 is freed of the noise that is left in the mean of the K (so it can
-    come out below 0 when there is nothing but noise). The cosine is the one between an estimate and
-    the mean of the others: 1 all point the same way, 0 they share nothing.
-    """
-    gradients = [torch.autograd.grad(loss, parameters) for loss in losses]
-    gradients = torch.stack([torch.cat([part.flatten() for part in parts]) for parts in gradients])  # [K, P]
-    k, mean = len(gradients), gradients.mean(0)
-    trace = gradients.var(0).sum()  # E|g - G|^2
-    signal = mean.square().sum() - trace / k  # E|mean|^2 = |G|^2 + trace / K
-    others = (k * mean - gradients) / (k - 1)  # [K, P]
-    cosine = torch.cosine_similarity(gradients, others).mean()
-    variance = trace * share
-    return variance.item(), (signal / variance).item(), cosine.item()
-
-
 def explained_variance(values: np.ndarray, returns: np.ndarray) -> float:
     """The share of the returns' variance that the critic foresaw: 1 perfect, 0 useless, < 0 harmful."""
     variance = returns.var()
@@ -384,220 +323,119 @@ def explained_variance(values: np.ndarray, returns: np.ndarray) -> float:
 
 # 5. Training ------------------------------------------------------------------------------------
 
-CURVES = ("charts/episodic_return", "losses/entropy", "losses/explained_variance",
-          "losses/grad_variance", "losses/grad_snr", "losses/grad_cosine")  # fmt: skip
-
-
-class Rollout(NamedTuple):
-    """T steps of N environments. Rows that are not valid only reset an environment (NEXT_STEP mode)."""
-
-    obs: np.ndarray  # [T + 1, N, D]; the last row is the successor of the last transitions
-    actions: np.ndarray  # [T, N] or [T, N, A]
-    rewards: np.ndarray  # [T, N], like the three below
-    terminated: np.ndarray
-    truncated: np.ndarray
-    valid: np.ndarray
-
-
-def play(
-    agent: Agent, envs: gym.vector.VectorEnv, next_obs: np.ndarray, next_done: np.ndarray,
-    num_steps: int, rng: np.random.Generator,
-) -> Rollout:  # fmt: skip
-    """Plays num_steps on from next_obs [N, D], where next_done [N] tells which episodes are over."""
-    T, N, num_outputs = num_steps, len(next_obs), agent.actor[-1].out_features
-    obs = np.zeros((T + 1, *next_obs.shape), np.float32)
-    actions = np.zeros((T, N), np.int64) if agent.discrete else np.zeros((T, N, num_outputs), np.float32)
-    rewards = np.zeros((T, N), np.float32)
-    terminated, truncated, valid = (np.zeros((T, N), bool) for _ in range(3))
-    act = agent.numpy_policy()
-    noise_shape = (T, N, num_outputs)
-    noise = rng.gumbel(size=noise_shape) if agent.discrete else rng.standard_normal(noise_shape)
-    noise = noise.astype(np.float32)
-    obs[0] = next_obs
-    for t in range(T):
-        valid[t] = ~next_done
-        actions[t] = act(obs[t], noise[t])
-        obs[t + 1], rewards[t], terminated[t], truncated[t], _ = envs.step(agent.to_env(actions[t]))
-        next_done = terminated[t] | truncated[t]
-    return Rollout(obs, actions, rewards, terminated, truncated, valid)
-
-
-def judge(
-    args: Args, agent: Agent, rollout: Rollout, device: torch.device, cut: np.ndarray | bool = False
-) -> tuple[np.ndarray, np.ndarray]:
-    """The critic's values [T + 1, N] and the advantages [T, N]; cut marks rows where a rollout ends.
-
-    The weights did not move while playing, so one batch gives the values of all steps.
-    """
-    obs = torch.from_numpy(rollout.obs).to(device)
-    with torch.no_grad():
-        values = agent.value(obs.flatten(0, 1)).view(obs.shape[:2]).cpu().numpy()
-    deaths = rollout.terminated if args.bootstrap_truncated else rollout.terminated | rollout.truncated
-    rewards, truncated = rollout.rewards * np.float32(args.reward_scale), rollout.truncated | cut
-    return values, gae(rewards, values, deaths, truncated, args.gamma, args.gae_lambda)
-
-
-def normalized(args: Args, advantages: Tensor) -> Tensor:
-    """Advantages [B] as --norm-adv wants them."""
-    return (advantages - advantages.mean()) / (advantages.std() + 1e-8) if args.norm_adv else advantages
-
-
-def measure(
-    args: Args, agent: Agent, mean_length: float, rng: np.random.Generator, device: torch.device
-) -> tuple[float, float, float]:
-    """gradient_noise of the current policy, from K groups of whole episodes that training never sees.
-
-    Each group has about variance-steps steps. Rollouts cut episodes anywhere, so here each episode is
-    cut every num-steps steps from a random first step on, and bootstrapped there as in training.
-    """
-    K, limit = args.variance_samples, gym.spec(args.env.split(":")[-1]).max_episode_steps
-    envs = make_envs(args.env, K * max(2, round(args.variance_steps / mean_length)))
-    N, (next_obs, _) = envs.num_envs, envs.reset(seed=int(rng.integers(2**31)))
-    rollout = play(agent, envs, next_obs, np.zeros(N, bool), limit, rng)
-    envs.close()
-    done = rollout.terminated | rollout.truncated
-    first = done.cumsum(0) - done == 0  # the rows of each environment's first episode
-    cut = (np.arange(limit)[:, None] + rng.integers(args.num_steps, size=N)) % args.num_steps == 0
-    _, advantages = judge(args, agent, rollout, device, cut)
-
-    def losses() -> Iterable[Tensor]:
-        for group in np.split(np.arange(N), K):
-            rows = first[:, group]
-            arrays = (array[:, group][rows] for array in (rollout.obs[:-1], rollout.actions, advantages))
-            b_obs, b_actions, b_advantages = (torch.from_numpy(array).to(device) for array in arrays)
-            logprobs, _ = agent.logprob_entropy(b_obs, b_actions)
-            yield policy_loss(logprobs, normalized(args, b_advantages)) * (rows.sum() / steps)
-
-    steps = first.sum() / K
-    return gradient_noise(losses(), agent.policy_parameters(), steps / args.variance_steps)
-
 
 def train(args: Args) -> Path:
     """Trains as args say and returns the run folder."""
-    validate(args)
-    saved = load_checkpoint(args.resume) if args.resume else None
-    device = pick_device(args.device, auto="cpu")
-    rng, probe_rng = seed_everything(args.seed), np.random.default_rng([args.seed, 1])
-
-    envs = make_envs(args.env, args.num_envs)
-    obs_dim, action_space = envs.single_observation_space.shape[0], envs.single_action_space
-    agent = Agent(obs_dim, action_space, args.hidden, args.shared_network).to(device)
-    if args.optimizer == "adam":
-        optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=device.type != "mps")
-    else:
-        optimizer = torch.optim.RMSprop(agent.parameters(), lr=args.learning_rate, alpha=0.99, eps=1e-5)
-
-    def state() -> dict[str, Any]:
-        return {"agent": agent.state_dict(), "optimizer": optimizer.state_dict(), "rng": rng.bit_generator.state}
-
-    if saved:
-        restore(saved, agent=agent, optimizer=optimizer)
-        rng.bit_generator.state = saved["rng"]
-
     T, N = args.num_steps, args.num_envs
+    if N * (T // 2) < 2:  # every second row may be a reset
+        fail("a rollout needs two transitions: raise --num-envs or --num-steps")
+    device = pick_device(args.device)
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(1)  # small matrices: more threads only wait for each other
+    env = try_env(args.env, args.capture_video)
+    obs_dim, space = env.observation_space.shape[0], env.action_space
+    agent = Agent(obs_dim, space, args.hidden).to(device)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=device.type != "mps")
+    run = Run(args, args.env, args.total_timesteps, env.spec.reward_threshold, agent=agent, optimizer=optimizer)
+    if args.eval:
+        return run.finish(evaluate(args, agent, run.folder))
+
+    # One rollout, [T, N]. obs and done have a row more: the successor of the last one.
+    obs, done = np.zeros((T + 1, N, obs_dim), np.float32), np.zeros((T + 1, N), bool)
+    actions = np.zeros((T, N), np.int64) if agent.discrete else np.zeros((T, N, len(agent.log_std)), np.float32)
+    rewards, terminated, truncated = np.zeros((T, N), np.float32), np.zeros((T, N), bool), np.zeros((T, N), bool)
     episode_return, episode_length = np.zeros(N), np.zeros(N, int)
 
-    threshold = gym.spec(args.env.split(":")[-1]).reward_threshold
-    curves = CURVES if args.variance_every else CURVES[:3]
-    if args.variance_every and gym.spec(args.env.split(":")[-1]).max_episode_steps is None:
-        fail(f"--variance-every plays whole episodes, but {args.env} has no time limit")
-    with RunRecord(args, args.env, args.total_timesteps, device, state, curves, saved, threshold) as run:
-        step = run.step
-        next_obs, _ = envs.reset(seed=args.seed * 10_000 + step)
-        next_done = np.zeros(N, bool)
-        for update in itertools.count(1):
-            if step >= args.total_timesteps:
-                break
+    rng = np.random.default_rng([args.seed, run.step])
+    envs, step = make_envs(args.env, N), run.step
+    obs[0], _ = envs.reset(seed=int(rng.integers(10**9)))
+    with run:
+        while step < args.total_timesteps:
             lr = args.learning_rate * (1 - step / args.total_timesteps if args.anneal_lr else 1)
             optimizer.param_groups[0]["lr"] = lr
 
             # Play.
-            rollout = play(agent, envs, next_obs, next_done, T, rng)
-            obs, actions, rewards, terminated, truncated, valid = rollout
-            next_obs, next_done = obs[T], terminated[-1] | truncated[-1]
+            layers = agent.numpy_layers()
             for t in range(T):
-                step += int(valid[t].sum())
+                actions[t] = agent.act(layers, obs[t], rng)
+                obs[t + 1], rewards[t], terminated[t], truncated[t], _ = envs.step(to_env(space, actions[t]))
+                done[t + 1] = terminated[t] | truncated[t]
                 episode_return += rewards[t]
-                episode_length += valid[t]
-                for n in np.flatnonzero(terminated[t] | truncated[t]):
-                    run.episode(step, episode_return[n], episode_length[n])
+                episode_length += ~done[t]
+                for n in np.flatnonzero(done[t + 1]):
+                    run.episode(episode_return[n], episode_length[n])
                     episode_return[n] = episode_length[n] = 0
+            valid = ~done[:-1]  # the row after an episode's end only resets
+            step += int(valid.sum())
 
-            # Judge.
-            values, advantages = judge(args, agent, rollout, device)
+            # Estimate the advantages. The weights did not move while playing, so one batch gives all values.
+            with torch.no_grad():
+                values = agent.value(torch.from_numpy(obs).to(device)).cpu().numpy()
+            deaths = terminated if args.bootstrap_truncated else terminated | truncated
+            advantages = gae(rewards * args.reward_scale, values, deaths, truncated, args.gamma, args.gae_lambda)
             returns = advantages + values[:-1]
-            noise: tuple[float | None, ...] = (None, None, None)
-            if args.variance_every and update % args.variance_every == 0:
-                mean_length = float(np.mean(run.lengths)) if run.lengths else args.variance_steps
-                noise = measure(args, agent, mean_length, probe_rng, device)
 
-            # Learn: one step on the transitions, as one batch [B], which are then forgotten.
-            batch = (obs[:-1], actions, advantages, returns)
-            b_obs, b_actions, b_advantages, b_returns = (torch.from_numpy(x[valid]).to(device) for x in batch)
-            logprobs, entropy = agent.logprob_entropy(b_obs, b_actions)
-            pg_loss = policy_loss(logprobs, normalized(args, b_advantages))
-            entropy = entropy.mean()
-            loss = pg_loss - args.ent_coef * entropy
-            for _ in range(args.critic_epochs):
-                v_loss = value_loss(agent.value(b_obs), b_returns)
-                loss = loss + args.vf_coef * v_loss
-                optimizer.zero_grad(set_to_none=True)
+            # Learn from the rows that are transitions, as one batch [B], which is then forgotten.
+            rollout = (obs[:-1], actions, advantages, returns)
+            b_obs, b_actions, b_advantages, b_returns = (torch.from_numpy(x[valid]).to(device) for x in rollout)
+            if args.norm_adv:
+                b_advantages = (b_advantages - b_advantages.mean()) / (b_advantages.std() + 1e-8)
+            for epoch in range(args.critic_epochs):
+                v_loss = 0.5 * mse_loss(agent.value(b_obs), b_returns)
+                loss = args.vf_coef * v_loss
+                if epoch == 0:  # the policy moves once: these data are of the one that it was
+                    pi = agent.policy(b_obs)
+                    pg_loss = policy_loss(pi.log_prob(b_actions), b_advantages)
+                    entropy = pi.entropy().mean()
+                    loss = loss + pg_loss - args.ent_coef * entropy
+                optimizer.zero_grad()
                 loss.backward()
                 nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
                 optimizer.step()
-                loss = 0.0  # from here on the critic alone
 
             pg_loss, v_loss, entropy = torch.stack((pg_loss, v_loss, entropy)).tolist()
             run.report(step, {
                 "charts/learning_rate": lr, "losses/policy_loss": pg_loss, "losses/value_loss": v_loss,
                 "losses/entropy": entropy,
                 "losses/explained_variance": explained_variance(values[:-1][valid], returns[valid]),
-                "losses/grad_variance": noise[0], "losses/grad_snr": noise[1], "losses/grad_cosine": noise[2],
             })  # fmt: skip
-
-        envs.close()
-        run.finish(lambda: evaluate(args, agent, run.video_folder))
-    return run.folder
+            obs[0], done[0] = obs[T], done[T]
+    envs.close()
+    return run.finish(evaluate(args, agent, run.folder))
 
 
 # 6. Evaluation ----------------------------------------------------------------------------------
 
-EVAL_SEED = 1_000_000_000  # far from every seed that training uses
 
-
-def evaluate(args: Args, agent: Agent, video_folder: Path | None = None) -> np.ndarray:
-    """Undiscounted returns of greedy episodes on seeds of their own, [episodes]."""
-    env = make_env(args.env, render_mode="rgb_array") if video_folder else make_env(args.env)
-    if video_folder:
-        env = gym.wrappers.RecordVideo(env, str(video_folder), episode_trigger=lambda n: n < 3, disable_logger=True)
-    act = agent.numpy_policy()
-    returns = np.zeros(args.eval_episodes)
-    for episode in range(args.eval_episodes):
-        obs, _ = env.reset(seed=EVAL_SEED + args.seed if episode == 0 else None)
-        done = False
-        while not done:
-            obs, reward, terminated, truncated, _ = env.step(agent.to_env(act(obs[None]))[0])
-            returns[episode] += reward
-            done = terminated or truncated
-    env.close()
+def evaluate(args: Args, agent: Agent, folder: Path) -> np.ndarray:
+    """Undiscounted returns of greedy episodes, all played at once on seeds of their own, [episodes]."""
+    envs = [
+        make_env(args.env, "rgb_array" if args.capture_video and i == 0 else None) for i in range(args.eval_episodes)
+    ]
+    if args.capture_video:
+        envs[0] = gym.wrappers.RecordVideo(envs[0], str(folder / "videos"), disable_logger=True)
+    limit = envs[0].spec.max_episode_steps or 10_000
+    obs = np.stack([env.reset(seed=10**9 + args.seed + i)[0] for i, env in enumerate(envs)])
+    returns, alive, layers = np.zeros(len(envs)), np.arange(len(envs)), agent.numpy_layers()
+    for _ in range(limit):
+        actions = to_env(envs[0].action_space, agent.act(layers, obs[alive].astype(np.float32)))
+        going = []
+        for n, action in zip(alive, actions, strict=True):
+            obs[n], reward, terminated, truncated, _ = envs[n].step(action)
+            returns[n] += reward
+            going.append(not (terminated or truncated))
+        alive = alive[going]
+        if len(alive) == 0:
+            break
+    else:
+        print(f"{len(alive)} of {len(envs)} evaluation episodes were cut after {limit:,} steps")
+    for env in envs:
+        env.close()
     return returns
 
 
-def evaluate_saved(args: Args) -> None:
-    """--eval: rebuilds the saved agent, plays it and prints the score."""
-    validate(args)
-    saved = load_checkpoint(args.eval)
-    env = make_env(args.env)
-    agent = Agent(env.observation_space.shape[0], env.action_space, args.hidden, args.shared_network)
-    restore(saved, agent=agent)
-    folder = checkpoint_path(args.eval).parent
-    returns = evaluate(args, agent, folder / "videos" if args.capture_video else None)
-    print(f"{args.env}: {len(returns)} greedy episodes, return {returns.mean():.1f} ± {returns.std():.1f} · {folder}")
-
-
 # 7. Run record ----------------------------------------------------------------------------------
-# Command line, seeds, checkpoints and the run folder. The same text in every script: a reader who
-# has read it once may skip it.
+# Settings, checkpoint and run folder. The same text in every script: read it once, then skip it.
 
 
 def fail(message: object, status: int = 2) -> NoReturn:
@@ -606,62 +444,47 @@ def fail(message: object, status: int = 2) -> NoReturn:
     raise SystemExit(status)
 
 
-def parse_args(cls: type, presets: dict[str, dict[str, Any]], argv: list[str] | None = None) -> Any:
-    """Settings from the command line: flag > saved run (--eval, --resume) or preset > default."""
-
-    def parse(default: Any) -> Any:
-        errors = io.StringIO()
-        try:
-            with contextlib.redirect_stderr(errors):
-                return tyro.cli(cls, args=argv, default=default, description=(__doc__ or "").split("\n")[0])
-        except SystemExit as stop:
-            if not stop.code:  # --help
-                raise
-            box = re.sub(r"[│─╭╮╰╯]|-{5,}", " ", errors.getvalue())  # tyro's message stands in a box,
-            message = box.partition("\n")[2].strip()  # under a title
-            fail(re.split(r"\n\s*\n", message)[0].rstrip(" .") + "; --help lists every flag")  # and above a rule
-
-    args = parse(cls())
-    if path := args.eval or args.resume:
-        try:
-            return parse(cls(**load_checkpoint(path)["args"]))
-        except TypeError as error:
-            fail(f"{path} was saved with other settings than this version of the script has: {error}")
-    name = getattr(args, "env", None)
-    if name not in presets:
-        return args
-    print(f"preset for {name}: " + " ".join(f"--{k.replace('_', '-')} {v}" for k, v in presets[name].items()))
-    return parse(dataclasses.replace(cls(), **presets[name]))
+def check(args: Args, rule: Literal["> 0", ">= 0", "in [0, 1]"], *names: str) -> None:
+    """Ends the program with one line if one of these settings breaks the rule; None is no value and passes."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and not {"> 0": value > 0, ">= 0": value >= 0, "in [0, 1]": 0 <= value <= 1}[rule]:
+            fail(f"--{name.replace('_', '-')} must be {rule}, not {value}")
 
 
-def pick_device(name: str, auto: str) -> torch.device:
-    """The torch device called name, or the one that suits this script for "auto"."""
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    name = auto if name == "auto" else name
+def pick_device(name: str) -> torch.device:
+    """The device of this name; auto is a GPU if there is one."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(device for device, there in available.items() if there)
     if not available[name]:
         fail(f"--device {name} is not available on this machine; use --device cpu")
-    if name == "cpu":
-        torch.set_num_threads(1)  # small matrices: more threads only wait for each other
     return torch.device(name)
 
 
-def seed_everything(seed: int) -> np.random.Generator:
-    """Seeds Python and torch once, and returns the NumPy generator that the script draws from."""
-    random.seed(seed)
-    torch.manual_seed(seed)
-    return np.random.default_rng(seed)
-
-
-def checkpoint_path(path: str) -> Path:
-    """model.pt of a run folder, or the file itself."""
-    return Path(path) / "model.pt" if Path(path).is_dir() else Path(path)
+def parse_args(argv: list[str] | None = None) -> Args:
+    """Settings: flag > saved run (with --eval, --resume) > preset of the environment > default."""
+    about = (__doc__ or "").split("\n")[0]
+    args = tyro.cli(Args, args=argv, description=about)
+    name, path = getattr(args, "env", ""), args.eval or args.resume
+    if path:
+        defaults = load_checkpoint(path)["args"] | {"eval": None, "resume": None}
+    elif defaults := PRESETS.get(name, {}):
+        print(f"preset for {name}: " + " ".join(f"--{k.replace('_', '-')} {v}" for k, v in defaults.items()))
+    try:
+        args = tyro.cli(Args, args=argv, default=Args(**defaults), description=about)
+    except TypeError as error:
+        fail(f"{path} was saved with other settings than this version of the script has: {error}")
+    if not 0 <= args.seed < 2**31:
+        fail(f"--seed must be in [0, 2147483647], not {args.seed}")
+    return args
 
 
 def load_checkpoint(path: str) -> dict[str, Any]:
-    """A dictionary of tensors and plain values; loading it runs no code."""
-    file = checkpoint_path(path)
+    """The model.pt of a run folder, tensors and plain values; loading it runs no code."""
+    file = Path(path, "model.pt") if Path(path).is_dir() else Path(path)
     if not file.is_file():
-        fail(f"there is no saved model at {file}; give a run folder or its model.pt")
+        fail(f"there is no saved model at {file}; give a run folder")
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True)
         script = saved["script"]
@@ -672,214 +495,193 @@ def load_checkpoint(path: str) -> dict[str, Any]:
     return saved
 
 
-def restore(saved: dict[str, Any], **parts: Any) -> None:
-    """restore(saved, agent=agent) is agent.load_state_dict(saved["agent"]), or one line if it does not fit."""
-    for name, part in parts.items():
-        try:
-            part.load_state_dict(saved[name])
-        except (KeyError, RuntimeError, ValueError):
-            fail(f"the saved {name} does not fit these flags; use the environment and sizes it was trained with")
+class Progress:
+    """The progress of one stage: a bar on a terminal, ten plain lines elsewhere."""
+
+    def __init__(self, stage: str, total: int, done: int = 0):
+        self.stage, self.total, self.first, self.done = stage, total, done, done
+        self.started, shown = time.perf_counter(), sys.stdout.isatty()
+        self.bar = tqdm(desc=stage, total=total, initial=done, unit_scale=True, file=sys.stdout, disable=not shown)
+
+    def update(self, done: int, text: str = "") -> None:
+        if self.bar.disable and done * 10 // self.total > self.done * 10 // self.total:
+            speed = (done - self.first) / (time.perf_counter() - self.started)
+            left = max(0, self.total - done) / speed
+            print(f"{self.stage} {done:,} of {self.total:,}  {text}  {speed:,.0f}/s  {left:.0f} s left", flush=True)
+        self.bar.set_postfix_str(text, refresh=False)
+        self.bar.update(done - self.done)
+        self.done = done
+
+    def close(self) -> None:
+        self.bar.close()
 
 
-class RunRecord:
-    """The run folder of one training, a context manager around its loop.
+class Run:
+    """The folder of one run, and a context manager around its training loop.
 
     config.json    every setting, versions, device
-    metrics.csv    a row per report; charts/episodic_* are means over the last 100 finished episodes
-    model.pt       state() and what resuming needs; at the first report, every 20 s, at the end, on Ctrl-C
-    curves.png     the metrics named in curves
-    summary.json   the result
+    metrics.csv    one row per report; charts/episodic_* are means over the last 100 training episodes
+    model.pt       the parts by name (anything with state_dict) and the record, whole or not at all:
+                   at the first report, every 20 s, at the end, on Ctrl-C
+    summary.json, curves.png    the result
     """
 
     def __init__(
-        self, args: Any, name: str, total: int, device: torch.device, state: Callable[[], dict[str, Any]],
-        curves: tuple[str, ...], saved: dict[str, Any] | None = None, threshold: float | None = None,
-    ):  # fmt: skip
-        self.args, self.name, self.total, self.state, self.curves = args, name, total, state, curves
-        self.threshold, self.columns = threshold, []
-        self.script = Path(__file__).stem
-        record = saved["record"] if saved else {"step": 0, "seconds": 0.0, "solved": None, "returns": [], "lengths": []}
-        self.step, self.seconds, self.solved = record["step"], record["seconds"], record["solved"]
-        self.returns, self.lengths = deque(record["returns"], 100), deque(record["lengths"], 100)
-        if args.track:
+        self, args: Args, name: str, total: int, threshold: float | None = None, episodes: bool = True, **parts: Any
+    ):
+        self.args, self.name, self.total, self.threshold, self.parts = args, name, total, threshold, parts
+        self.script, self.wandb = Path(__file__).stem, None
+        self.step, self.seconds, self.solved, self.rows = 0, 0.0, None, []
+        self.last100 = {"return": deque(maxlen=100), "length": deque(maxlen=100)} if episodes else {}
+        if path := args.eval or args.resume:
+            saved = load_checkpoint(path)
+            self.folder = Path(path) if Path(path).is_dir() else Path(path).parent
+            self.step, self.seconds, self.solved, self.rows = (saved[k] for k in ("step", "seconds", "solved", "rows"))
+            for kind, values in self.last100.items():
+                values.extend(saved["last100"][kind])
+            for part in parts:
+                try:
+                    parts[part].load_state_dict(saved["parts"][part])
+                except (KeyError, RuntimeError, ValueError):
+                    fail(f"the saved {part} does not fit these flags; use the environment and sizes of its training")
+
+    def __enter__(self) -> Run:
+        if self.args.track:
             try:
                 import wandb
             except ImportError:
                 fail("--track needs the package wandb: pip install wandb")
+        modules = [sys.modules[name] for name in ("torch", "numpy", "gymnasium", "transformers") if name in sys.modules]
+        config = {"script": self.script, "args": dataclasses.asdict(self.args), "python": platform.python_version()}
+        config |= {"device": str(pick_device(self.args.device))} | {m.__name__: m.__version__ for m in modules}
         try:
-            self.folder = checkpoint_path(args.resume).parent if saved else self._new_folder()
-            libraries = {"torch", "numpy", "gymnasium", "transformers", "trl"} & set(sys.modules)
-            versions = {name: sys.modules[name].__version__ for name in sorted(libraries)}
-            config = {"script": self.script, "args": dataclasses.asdict(args), "device": str(device),
-                      "python": platform.python_version(), "platform": platform.platform(), **versions}  # fmt: skip
-            (self.folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-            if saved:
-                self._drop_rows_after(self.step)
-            self.csv = (self.folder / "metrics.csv").open("a", newline="")
+            if not self.args.resume:
+                stem = f"{self.name}__{self.script}__{self.args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+                self.folder = Path(self.args.run_dir, re.sub(r"[^\w.-]+", "-", stem))
+                while self.folder.exists():
+                    self.folder = self.folder.with_name(self.folder.name + "-2")
+                self.folder.mkdir(parents=True)
+            (self.folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+            self.csv = (self.folder / "metrics.csv").open("w", newline="", encoding="utf-8")
         except OSError as error:
             fail(f"cannot write the run folder: {error}")
-        self.video_folder = self.folder / "videos" if getattr(args, "capture_video", False) else None
-        self.wandb = None
-        if args.track:
+        if self.args.track:
             try:
-                self.wandb = wandb.init(project=args.wandb_project, entity=args.wandb_entity, name=self.folder.name,
-                                        config=dataclasses.asdict(args), dir=str(self.folder))  # fmt: skip
+                self.wandb = wandb.init(name=self.folder.name, dir=self.folder, config=config)
             except wandb.Error as error:
                 fail(f"Weights & Biases: {error} WANDB_MODE=offline needs no account. Nothing was trained")
-
-    def _new_folder(self) -> Path:
-        stem = f"{self.name.replace('/', '-')}__{self.script}__{self.args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-        for suffix in ("", *(f"-{n}" for n in range(2, 1000))):
-            with contextlib.suppress(FileExistsError):
-                folder = Path(self.args.run_dir) / (stem + suffix)
-                folder.mkdir(parents=True)
-                return folder
-        raise OSError(f"{stem} is taken")
-
-    def _drop_rows_after(self, step: int) -> None:
-        """Cuts metrics.csv back to the checkpoint that is resumed."""
-        rows = (self.folder / "metrics.csv").read_text().splitlines(keepends=True)
-        kept = [row for row in rows[1:] if row.endswith("\n") and int(row.split(",")[0]) <= step]
-        (self.folder / "metrics.csv.tmp").write_text("".join(rows[:1] + kept))
-        os.replace(self.folder / "metrics.csv.tmp", self.folder / "metrics.csv")
-
-    def __enter__(self) -> RunRecord:
-        self.started = self.reported = time.perf_counter()
-        self.started -= self.seconds
-        self.saved = -math.inf
-        self.bar = tqdm(total=self.total, initial=self.step, unit=" steps", unit_scale=True, file=sys.stdout,
-                        disable=not sys.stdout.isatty(), dynamic_ncols=True)  # fmt: skip
+        for row in self.rows:  # of the run that is resumed
+            self._write(row)
+        self.progress = Progress("training", self.total, self.step)
+        self.reported, self.saved = time.perf_counter(), -math.inf
+        self.started = self.reported - self.seconds
         return self
 
-    def episode(self, step: int, episodic_return: float, length: int) -> None:
-        """Notes a finished training episode, and the moment the threshold is first reached."""
-        self.returns.append(float(episodic_return))
-        self.lengths.append(int(length))
-        if self.threshold is None or self.solved or len(self.returns) < 100:
-            return
-        if sum(self.returns) / 100 >= self.threshold:
-            self.solved = [step, time.perf_counter() - self.started]
+    def episode(self, episodic_return: float, length: int) -> None:
+        """Notes a finished training episode."""
+        self.last100["return"].append(float(episodic_return))
+        self.last100["length"].append(int(length))
 
     def report(self, step: int, metrics: dict[str, float | None]) -> None:
-        """Writes one row of metrics; None stands for "nothing yet". Ends the run on a loss that is not finite."""
-        for key, value in metrics.items():
-            if key.startswith("losses/") and value is not None and not math.isfinite(value):
-                self._stop(f"{key} is {value} at step {step}")
+        """Adds a row of metrics, None for "nothing yet", the headline first. One that is not finite ends the run."""
         now = time.perf_counter()
-        self.seconds, sps = now - self.started, (step - self.step) / (now - self.reported)
-        row: dict[str, Any] = {"step": step, "seconds": round(self.seconds, 3), "charts/SPS": round(sps)}
-        if "charts/episodic_return" in self.curves:  # a script without episodes has no such columns
-            row["charts/episodic_return"] = sum(self.returns) / len(self.returns) if self.returns else None
-            row["charts/episodic_length"] = sum(self.lengths) / len(self.lengths) if self.lengths else None
-        row |= metrics
-        self.columns = self.columns or list(row)
-        assert list(row) == self.columns, "every report has the same metrics; None where there is nothing yet"
-        writer = csv.writer(self.csv, lineterminator="\n")
-        if self.csv.tell() == 0:
-            writer.writerow(self.columns)
-        writer.writerow(row.values())
-        self.csv.flush()
-        first = row.get(self.curves[0])  # the metric that matters most
-        shown = "" if first is None else f"{self.curves[0].split('_')[-1].split('/')[-1]} {first:.4g}"
-        self.bar.set_postfix_str(shown, refresh=False)
-        self.bar.update(step - self.step)
-        if self.bar.disable and step * 10 // self.total > self.step * 10 // self.total:
-            left = self.seconds / step * (self.total - step)
-            progress = f"step {step:,} of {self.total:,}"
-            print(f"{progress}  {shown}  {sps:,.0f} steps/s  {max(left, 0):.0f} s left", flush=True)
+        self.seconds, speed = now - self.started, (step - self.step) / (now - self.reported)
+        means = {f"charts/episodic_{kind}": sum(v) / len(v) if v else None for kind, v in self.last100.items()}
+        row = {"step": step, "seconds": round(self.seconds, 3), "charts/SPS": round(speed), **means, **metrics}
+        for key, value in row.items():
+            if value is not None and not math.isfinite(value):
+                self._stop(f"{key} is {value} at step {step}")
+        self.step, self.reported = step, now
+        self.rows.append(row)
+        self._write(row)
+        headline, value = next(iter((means or metrics).items()))
+        self.progress.update(step, "" if value is None else f"{headline.split('/')[-1]} {value:.4g}")
+        if self.threshold is not None and not self.solved and len(self.last100["return"]) == 100:
+            self.solved = [step, self.seconds] if value >= self.threshold else None
         if self.wandb:
             self.wandb.log({k: v for k, v in row.items() if v is not None}, step=step)
-        self.step, self.reported = step, now
         if now - self.saved > 20:
             self.save()
+
+    def _write(self, row: dict[str, float | None]) -> None:
+        writer = csv.DictWriter(self.csv, list(self.rows[0]), lineterminator="\n")
+        if self.csv.tell() == 0:
+            writer.writeheader()
+        writer.writerow(row)
+        self.csv.flush()
 
     def _stop(self, reason: str) -> NoReturn:
         file = self.folder / "model.pt"
         fail(f"{reason}; " + (f"the last good checkpoint is {file}" if file.exists() else "nothing was saved yet"), 1)
 
     def save(self) -> None:
-        """Writes model.pt whole or not at all, and never over a good one with weights that are not finite."""
-        state = self.state()
-        for name, part in (state | state.get("networks", {})).items():
-            for tensor in part.values() if isinstance(part, dict) else ():
-                if isinstance(tensor, torch.Tensor) and not tensor.isfinite().all():
-                    self._stop(f"the {name} is not finite at step {self.step}")
-        record = {"step": self.step, "seconds": self.seconds, "solved": self.solved,
-                  "returns": list(self.returns), "lengths": list(self.lengths)}  # fmt: skip
-        content = {"script": self.script, "args": dataclasses.asdict(self.args), "record": record, **state}
+        """Writes model.pt, unless a weight is not finite."""
+        states = {name: part.state_dict() for name, part in self.parts.items()}
+        for name, state in states.items():
+            if not all(v.isfinite().all() for v in state.values() if isinstance(v, torch.Tensor)):
+                self._stop(f"the {name} is not finite at step {self.step}")
+        content = {"script": self.script, "args": dataclasses.asdict(self.args), "parts": states, "rows": self.rows}
+        content |= {"step": self.step, "seconds": self.seconds, "solved": self.solved}
+        content |= {"last100": {kind: list(values) for kind, values in self.last100.items()}}
         torch.save(content, self.folder / "model.pt.tmp")
         os.replace(self.folder / "model.pt.tmp", self.folder / "model.pt")
         self.saved = time.perf_counter()
 
-    def finish(self, evaluate: Callable[[], np.ndarray] | None, **results: Any) -> None:
-        """Saves the model, evaluates it, and writes summary.json, curves.png and the last line."""
-        self.save()
-        self.bar.close()
-        self.draw()
-        summary: dict[str, Any] = {"script": self.script, "env": self.name, "seed": self.args.seed, "steps": self.step}
-        summary |= {"train_seconds": round(self.seconds, 3), "sps": round(self.step / max(self.seconds, 1e-9))}
-        headline = []
-        if evaluate is not None:
-            scores = evaluate()
-            summary |= {"eval_episodes": len(scores), "eval_return_mean": float(scores.mean()),
-                        "eval_return_std": float(scores.std())}  # fmt: skip
-            headline.append(f"{len(scores)} evaluation episodes: return {scores.mean():.1f} ± {scores.std():.1f}")
-        if self.threshold is not None:
-            solved_step, solved_seconds = self.solved or (None, None)
-            summary |= {"solved_step": solved_step, "solved_seconds": solved_seconds and round(solved_seconds, 3)}
-            headline.append(f"threshold {self.threshold:g} reached after {solved_seconds:.2f} s" if self.solved
-                            else f"threshold {self.threshold:g} not reached")  # fmt: skip
-        summary |= results
-        headline += [f"{key} {value:.4g}" for key, value in results.items() if isinstance(value, float)]
-        (self.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-        if self.wandb:
-            self.wandb.summary.update(summary)
-        print(" · ".join([*headline, f"{self.seconds:.1f} s of training", str(self.folder)]))
-
-    def draw(self) -> None:
-        """curves.png: the metrics named in curves, against steps."""
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-
-        with open(self.folder / "metrics.csv", newline="") as file:
-            rows = list(csv.DictReader(file))
-        columns = min(3, len(self.curves))
-        height = math.ceil(len(self.curves) / columns)
-        size = (4.2 * columns, 2.9 * height)
-        figure, axes = plt.subplots(height, columns, figsize=size, squeeze=False, layout="constrained")
-        for axis, key in zip(axes.flat, self.curves, strict=False):
-            points = [(int(row["step"]), float(row[key])) for row in rows if row.get(key)]
-            if points:
-                axis.plot(*zip(*points, strict=True), color="#2a6f97", linewidth=1.6)
-            if key == "charts/episodic_return" and self.threshold is not None:
-                axis.axhline(self.threshold, color="#c1121f", linewidth=1, linestyle="--", label="solved")
-                axis.legend(frameon=False, loc="lower right")
-            axis.set_title(key.split("/")[-1].replace("_", " "), fontsize=11)
-            axis.grid(alpha=0.25)
-            axis.spines[["top", "right"]].set_visible(False)
-            axis.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
-        for axis in axes.flat[len(self.curves) :]:
-            axis.set_visible(False)
-        figure.supxlabel("steps", fontsize=11)
-        figure.suptitle(f"{self.name} · {self.script} · seed {self.args.seed}", fontsize=12)
-        figure.savefig(self.folder / "curves.png", dpi=120)
-        plt.close(figure)
-
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        self.bar.close()
-        if kind is KeyboardInterrupt:
-            self.save()
+        self.progress.close()
         self.csv.close()
-        if self.wandb:
-            self.wandb.finish(exit_code=0 if kind is None else 1)
+        if kind in (None, KeyboardInterrupt):
+            self.save()
+        if kind and self.wandb:
+            self.wandb.finish(exit_code=1)
         if kind is KeyboardInterrupt:
             fail(f"interrupted at step {self.step}; go on with --resume {self.folder}", 130)
+
+    def finish(self, returns: np.ndarray | None = None, **results: Any) -> Path:
+        """Prints the result; after training it writes summary.json and curves.png too. Returns the folder."""
+        line = [f"{key.replace('_', ' ')} {value:.4g}" for key, value in results.items() if isinstance(value, float)]
+        if returns is not None:
+            mean, std = float(returns.mean()), float(returns.std())
+            line.insert(0, f"{len(returns)} evaluation episodes: return {mean:.1f} ± {std:.1f}")
+            results |= {"eval_episodes": len(returns), "eval_return_mean": mean, "eval_return_std": std}
+        if self.threshold is not None:
+            step, seconds = self.solved or (None, None)
+            line.append(f"threshold {self.threshold:g} " + (f"after {seconds:.2f} s" if self.solved else "not reached"))
+            results |= {"solved_step": step, "solved_seconds": seconds}
+        print(*line, f"{self.seconds:.1f} s of training", self.folder, sep=" · ")
+        if self.args.eval:
+            return self.folder
+        summary = {"script": self.script, "env": self.name, "seed": self.args.seed, "steps": self.step}
+        summary |= {"train_seconds": self.seconds, "sps": round(self.step / max(self.seconds, 1e-9))} | results
+        (self.folder / "summary.json").write_text(json.dumps(summary, indent=2), encoding="utf-8")
+        self._draw()
+        if self.wandb:
+            self.wandb.summary.update(summary)
+            self.wandb.finish()
+        return self.folder
+
+    def _draw(self) -> None:
+        from matplotlib.figure import Figure
+
+        keys = [key for key in self.rows[0] if key != "step" and any(row[key] is not None for row in self.rows)]
+        figure = Figure(figsize=(16, 3 * math.ceil(len(keys) / 4)), layout="constrained")
+        for place, key in enumerate(keys, start=1):
+            axis = figure.add_subplot(math.ceil(len(keys) / 4), 4, place, title=key)
+            axis.plot([row["step"] for row in self.rows], np.array([row[key] for row in self.rows], float))
+            if key == "charts/episodic_return" and self.threshold is not None:
+                axis.axhline(self.threshold, color="tab:red", linestyle="--")
+            axis.locator_params(nbins=5)
+            axis.grid(alpha=0.3)
+        figure.suptitle(f"{self.name} · {self.script} · seed {self.args.seed}")
+        figure.savefig(self.folder / "curves.png")
 
 
 # 8. Command line --------------------------------------------------------------------------------
 
 if __name__ == "__main__":
-    settings = parse_args(Args, PRESETS)
-    evaluate_saved(settings) if settings.eval else train(settings)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to stop
+    try:
+        train(parse_args())
+    except KeyboardInterrupt:
+        fail("interrupted", 130)
