@@ -523,10 +523,10 @@ class Legacy(Guest):
 
 
 class OddInfos(Guest):
-    """Arrays of growing length in the infos: no vector environment can stack them."""
+    """Arrays of random length in the infos: no vector environment can stack them."""
 
     def step(self, action):
-        return *super().step(action)[:4], {"found": np.zeros(self.t)}
+        return *super().step(action)[:4], {"found": np.zeros(self.np_random.integers(1, 9))}
 
 
 class FromFive(Guest):

@@ -242,7 +242,13 @@ class Guest(Noise):
     def step(self, action):
         self.t += 1
         obs, _, terminated, truncated, _ = super().step(action)
-        return obs, 1.0, terminated and not self.endless, truncated and not self.endless, {"found": np.zeros(self.t)}
+        return (
+            obs,
+            1.0,
+            terminated and not self.endless,
+            truncated and not self.endless,
+            {"found": np.zeros(self.np_random.integers(1, 9))},
+        )
 
 
 class ArrayReward(Noise):
