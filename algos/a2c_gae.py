@@ -170,10 +170,11 @@ class WithoutInfo(gym.Wrapper):
         return obs, reward, terminated, truncated, {}
 
 
-def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
+def make_env(env_id: str, film: bool = False) -> gym.Env:
     """One environment with observations [D]; ends the program with one line if it cannot be made."""
+    rendering = {"render_mode": "rgb_array"} if film else {}
     try:
-        env = WithoutInfo(gym.make(env_id, render_mode=render_mode, disable_env_checker=True))
+        env = WithoutInfo(gym.make(env_id, disable_env_checker=True, **rendering))
         gym.spec(env_id.split(":")[-1])  # make() guesses a missing version, spec() does not
         if len(env.observation_space.shape or ()) == 3:
             fail(f"{env_id} shows pictures; algos/dqn_atari.py learns from pixels, this script from vectors")
@@ -188,7 +189,7 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
 
 def try_env(env_id: str, film: bool) -> gym.Env:
     """An environment that has been reset and stepped once: what fails, fails before anything is trained."""
-    env = make_env(env_id, "rgb_array" if film else None)
+    env = make_env(env_id, film)
     try:
         env.reset(seed=0)
         env.action_space.seed(0)
@@ -409,13 +410,11 @@ def train(args: Args) -> Path:
 
 def evaluate(args: Args, agent: Agent, folder: Path) -> np.ndarray:
     """Undiscounted returns of greedy episodes, all played at once on seeds of their own, [episodes]."""
-    envs = [
-        make_env(args.env, "rgb_array" if args.capture_video and i == 0 else None) for i in range(args.eval_episodes)
-    ]
+    envs = [make_env(args.env, args.capture_video and n == 0) for n in range(args.eval_episodes)]
     if args.capture_video:
         envs[0] = gym.wrappers.RecordVideo(envs[0], str(folder / "videos"), disable_logger=True)
     limit = envs[0].spec.max_episode_steps or 10_000
-    obs = np.stack([env.reset(seed=10**9 + args.seed + i)[0] for i, env in enumerate(envs)])
+    obs = np.stack([env.reset(seed=10**9 + args.seed + n)[0] for n, env in enumerate(envs)])
     returns, alive, layers = np.zeros(len(envs)), np.arange(len(envs)), agent.numpy_layers()
     for _ in range(limit):
         actions = to_env(envs[0].action_space, agent.act(layers, obs[alive].astype(np.float32)))

@@ -286,9 +286,12 @@ def td_target(returns: Tensor, discounts: Tensor, next_q: Tensor, next_q_online:
     return returns + discounts * best
 
 
-def td_loss(predictions: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-    """Weighted mean of Huber errors, all [B]: their gradient is the error clipped to [-1, 1] (Methods, Mnih 2015)."""
-    assert predictions.shape == targets.shape == weights.shape
+def td_loss(predictions: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Mean Huber error, all [B]: its gradient is the error clipped to [-1, 1] (Methods, Mnih 2015)."""
+    assert predictions.shape == targets.shape
+    if weights is None:
+        return huber_loss(predictions, targets)
+    assert weights.shape == targets.shape
     return (weights * huber_loss(predictions, targets, reduction="none")).mean()
 
 
@@ -401,7 +404,8 @@ def train(args: Args) -> Path:
     obs_shape, space, num_actions = env.observation_space.shape, env.action_space, int(env.action_space.n)
     q_net = QNetwork(obs_shape[0], num_actions, args.hidden, args.dueling).to(device)
     target_net = copy.deepcopy(q_net)
-    optimizer = torch.optim.Adam(q_net.parameters(), lr=args.learning_rate, fused=device.type != "mps")
+    parameters = list(q_net.parameters())
+    optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, fused=device.type != "mps")
     parts = {"q_net": q_net, "target_net": target_net, "optimizer": optimizer}
     run = Run(args, args.env, args.total_timesteps, env.spec.reward_threshold, **parts)
     if args.eval:
@@ -410,7 +414,6 @@ def train(args: Args) -> Path:
     rng, N, alpha = np.random.default_rng([args.seed, run.step]), args.num_envs, args.prioritized_replay_alpha
     sizes = (args.buffer_size, N, obs_shape)
     replay = PrioritizedReplay(*sizes, alpha) if alpha else Replay(*sizes)
-    weights = torch.ones(args.batch_size, device=device)
     envs = make_envs(args.env, N)
     obs, _ = envs.reset(seed=int(rng.integers(10**9)))
     replay.obs[replay.head] = obs
@@ -447,6 +450,7 @@ def train(args: Args) -> Path:
                 t, n = replay.draw(args.batch_size, rng)
                 batch = replay.batch(t, n, args.n_step, args.gamma)
                 b_obs, b_actions, b_returns, b_discounts, b_next_obs = (torch.from_numpy(x).to(device) for x in batch)
+                weights = None
                 if alpha:
                     beta = linear_schedule(args.prioritized_replay_beta, 1, args.total_timesteps, step)
                     weights = torch.from_numpy(replay.weights(t, n, beta)).to(device)
@@ -457,20 +461,20 @@ def train(args: Args) -> Path:
                 loss = td_loss(predictions, targets, weights)
                 optimizer.zero_grad()
                 loss.backward()
-                nn.utils.clip_grad_norm_(q_net.parameters(), args.max_grad_norm)
+                nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
                 optimizer.step()
                 if update % args.target_network_frequency == 0:
                     update_target(q_net, target_net, args.tau)
                 if alpha:
                     replay.update(t, n, (targets - predictions).detach().cpu().numpy())
                 losses.append(loss.detach())
-                q_values.append(predictions.detach().mean())
+                q_values.append(predictions.detach())
 
             if step - run.step >= args.total_timesteps / 200 or step >= args.total_timesteps:
                 run.report(step, {
                     "charts/learning_rate": lr, "charts/epsilon": epsilon,
                     "losses/td_loss": torch.stack(losses).mean().item() if losses else None,
-                    "losses/q_values": torch.stack(q_values).mean().item() / args.reward_scale if losses else None,
+                    "losses/q_values": torch.cat(q_values).mean().item() / args.reward_scale if losses else None,
                 })  # fmt: skip
                 losses, q_values = [], []
 

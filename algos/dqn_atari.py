@@ -406,7 +406,8 @@ def train(args: Args) -> Path:
     frame_shape, space, num_actions = env.observation_space.shape, env.action_space, int(env.action_space.n)
     q_net = QNetwork((args.frame_stack, *frame_shape), num_actions, args.dueling, args.bf16).to(device)
     target_net = copy.deepcopy(q_net)
-    optimizer = torch.optim.Adam(q_net.parameters(), lr=args.learning_rate, fused=device.type != "mps")
+    parameters = list(q_net.parameters())
+    optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, fused=device.type != "mps")
     parts = {"q_net": q_net, "target_net": target_net, "optimizer": optimizer}
     run = Run(args, args.env, args.total_timesteps, env.spec.reward_threshold, **parts)
     if args.eval:
@@ -462,18 +463,18 @@ def train(args: Args) -> Path:
                 loss = td_loss(predictions, targets)
                 optimizer.zero_grad()
                 loss.backward()
-                nn.utils.clip_grad_norm_(q_net.parameters(), args.max_grad_norm)
+                nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
                 optimizer.step()
                 if update % args.target_network_frequency == 0:
                     update_target(q_net, target_net, args.tau)
                 losses.append(loss.detach())
-                q_values.append(predictions.detach().mean())
+                q_values.append(predictions.detach())
 
             if step - run.step >= min(args.total_timesteps / 200, 1000) or step >= args.total_timesteps:
                 run.report(step, {
                     "charts/learning_rate": lr, "charts/epsilon": epsilon,
                     "losses/td_loss": torch.stack(losses).mean().item() if losses else None,
-                    "losses/q_values": torch.stack(q_values).mean().item() if losses else None,
+                    "losses/q_values": torch.cat(q_values).mean().item() if losses else None,
                 })  # fmt: skip
                 losses, q_values = [], []
 

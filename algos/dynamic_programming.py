@@ -299,7 +299,7 @@ def train(args: Args) -> Path:
     pick_device(args.device)
     mdp = make_mdp(args)
     solution = Solution(len(mdp.R))
-    run = Run(args, args.env, args.total_timesteps, solution=solution)
+    run = Run(args, args.env, args.total_timesteps, episodes=False, solution=solution)
     if args.eval:
         actions = solution.actions.numpy()
         return run.finish(evaluate(args, mdp, actions, run.folder), **exact_scores(mdp, actions))
@@ -427,42 +427,42 @@ def fail(message: object, status: int = 2) -> NoReturn:
 
 def check(args: Args, rule: Literal["> 0", ">= 0", "in [0, 1]"], *names: str) -> None:
     """Ends the program with one line if one of these settings breaks the rule; None is no value and passes."""
-    if not 0 <= args.seed < 2**31:
-        fail(f"--seed must lie in [0, 2**31), not {args.seed}")
     for name in names:
         value = getattr(args, name)
-        if value is None or {"> 0": value > 0, ">= 0": value >= 0, "in [0, 1]": 0 <= value <= 1}[rule]:
-            continue
-        fail(f"--{name.replace('_', '-')} must be {rule}, not {value}")
+        if value is not None and not {"> 0": value > 0, ">= 0": value >= 0, "in [0, 1]": 0 <= value <= 1}[rule]:
+            fail(f"--{name.replace('_', '-')} must be {rule}, not {value}")
 
 
 def pick_device(name: str) -> torch.device:
     """The device of this name; auto is a GPU if there is one."""
-    available = [device for device in ("cuda", "mps") if getattr(torch, device).is_available()] + ["cpu"]
-    if name not in ("auto", *available):
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(device for device, there in available.items() if there)
+    if not available[name]:
         fail(f"--device {name} is not available on this machine; use --device cpu")
-    return torch.device(available[0] if name == "auto" else name)
+    return torch.device(name)
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
-    """Settings: flag over saved run (--eval, --resume) or preset, and those over the defaults."""
+    """Settings: flag > saved run (with --eval, --resume) > preset of the environment > default."""
     about = (__doc__ or "").split("\n")[0]
     args = tyro.cli(Args, args=argv, description=about)
-    path, name = args.eval or args.resume, getattr(args, "env", "")
+    name, path = getattr(args, "env", ""), args.eval or args.resume
     if path:
-        defaults = load_checkpoint(path)["args"]
-    else:
-        defaults = PRESETS.get(name, {})
-    if defaults and not path:
+        defaults = load_checkpoint(path)["args"] | {"eval": None, "resume": None}
+    elif defaults := PRESETS.get(name, {}):
         print(f"preset for {name}: " + " ".join(f"--{k.replace('_', '-')} {v}" for k, v in defaults.items()))
     try:
-        return tyro.cli(Args, args=argv, default=Args(**defaults), description=about)
+        args = tyro.cli(Args, args=argv, default=Args(**defaults), description=about)
     except TypeError as error:
         fail(f"{path} was saved with other settings than this version of the script has: {error}")
+    if not 0 <= args.seed < 2**31:
+        fail(f"--seed must be in [0, 2147483647], not {args.seed}")
+    return args
 
 
-def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """The model.pt of a run folder: tensors and plain values; loading it runs no code."""
+def load_checkpoint(path: str) -> dict[str, Any]:
+    """The model.pt of a run folder, tensors and plain values; loading it runs no code."""
     file = Path(path, "model.pt") if Path(path).is_dir() else Path(path)
     if not file.is_file():
         fail(f"there is no saved model at {file}; give a run folder")
@@ -481,11 +481,10 @@ class Progress:
 
     def __init__(self, stage: str, total: int, done: int = 0):
         self.stage, self.total, self.first, self.done = stage, total, done, done
-        self.started = time.perf_counter()
-        self.bar = tqdm(desc=stage, total=total, initial=done, unit_scale=True, dynamic_ncols=True,
-                        file=sys.stdout, disable=not sys.stdout.isatty())  # fmt: skip
+        self.started, shown = time.perf_counter(), sys.stdout.isatty()
+        self.bar = tqdm(desc=stage, total=total, initial=done, unit_scale=True, file=sys.stdout, disable=not shown)
 
-    def update(self, done: int, text: str) -> None:
+    def update(self, done: int, text: str = "") -> None:
         if self.bar.disable and done * 10 // self.total > self.done * 10 // self.total:
             speed = (done - self.first) / (time.perf_counter() - self.started)
             left = max(0, self.total - done) / speed
@@ -499,52 +498,43 @@ class Progress:
 
 
 class Run:
-    """The run folder of one training, and a context manager around its loop.
+    """The folder of one run, and a context manager around its training loop.
 
     config.json    every setting, versions, device
     metrics.csv    one row per report; charts/episodic_* are means over the last 100 training episodes
-    model.pt       parts (name -> anything with state_dict) and the rows reported so far;
-                   written whole or not at all: every 20 s, at the end, on Ctrl-C
+    model.pt       the parts by name (anything with state_dict) and the record, whole or not at all:
+                   at the first report, every 20 s, at the end, on Ctrl-C
     summary.json, curves.png    the result
     """
 
-    def __init__(self, args: Args, name: str, total: int, threshold: float | None = None, episodes: bool = True,
-                 **parts: Any):  # fmt: skip
-        self.args, self.total, self.threshold, self.episodes, self.parts = args, total, threshold, episodes, parts
-        self.name, self.script = name, Path(__file__).stem
-        self.step, self.seconds, self.rows, self.solved = 0, 0.0, [], None
-        self.returns, self.lengths = deque(maxlen=100), deque(maxlen=100)
+    def __init__(
+        self, args: Args, name: str, total: int, threshold: float | None = None, episodes: bool = True, **parts: Any
+    ):
+        self.args, self.name, self.total, self.threshold, self.parts = args, name, total, threshold, parts
+        self.script, self.wandb = Path(__file__).stem, None
+        self.step, self.seconds, self.solved, self.rows = 0, 0.0, None, []
+        self.last100 = {"return": deque(maxlen=100), "length": deque(maxlen=100)} if episodes else {}
         if path := args.eval or args.resume:
+            saved = load_checkpoint(path)
             self.folder = Path(path) if Path(path).is_dir() else Path(path).parent
-            self._restore(load_checkpoint(path))
-        if not args.eval:
-            self._open()
+            self.step, self.seconds, self.solved, self.rows = (saved[k] for k in ("step", "seconds", "solved", "rows"))
+            for kind, values in self.last100.items():
+                values.extend(saved["last100"][kind])
+            for part in parts:
+                try:
+                    parts[part].load_state_dict(saved["parts"][part])
+                except (KeyError, RuntimeError, ValueError):
+                    fail(f"the saved {part} does not fit these flags; use the environment and sizes of its training")
 
-    def _restore(self, saved: dict[str, Any]) -> None:
-        for name, part in self.parts.items():
-            try:
-                part.load_state_dict(saved["parts"][name])
-            except (KeyError, RuntimeError, ValueError):
-                fail(f"the saved {name} does not fit these flags; use the environment and sizes it was trained with")
-        self.step, self.seconds, self.rows, self.solved = (saved[k] for k in ("step", "seconds", "rows", "solved"))
-        self.returns.extend(saved["returns"])
-        self.lengths.extend(saved["lengths"])
-
-    def _open(self) -> None:
+    def __enter__(self) -> Run:
         if self.args.track:
             try:
-                import wandb  # noqa: F401
+                import wandb
             except ImportError:
                 fail("--track needs the package wandb: pip install wandb")
-        versions = {
-            m: sys.modules[m].__version__ for m in ("torch", "numpy", "gymnasium", "transformers") if m in sys.modules
-        }
-        config = {
-            "script": self.script,
-            "args": dataclasses.asdict(self.args),
-            "python": platform.python_version(),
-            **versions,
-        }
+        modules = [sys.modules[name] for name in ("torch", "numpy", "gymnasium", "transformers") if name in sys.modules]
+        config = {"script": self.script, "args": dataclasses.asdict(self.args), "python": platform.python_version()}
+        config |= {"device": str(pick_device(self.args.device))} | {m.__name__: m.__version__ for m in modules}
         try:
             if not self.args.resume:
                 stem = f"{self.name}__{self.script}__{self.args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
@@ -553,95 +543,126 @@ class Run:
                     self.folder = self.folder.with_name(self.folder.name + "-2")
                 self.folder.mkdir(parents=True)
             (self.folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-            self.csv = open(self.folder / "metrics.csv", "w", newline="", encoding="utf-8")
+            self.csv = (self.folder / "metrics.csv").open("w", newline="", encoding="utf-8")
         except OSError as error:
             fail(f"cannot write the run folder: {error}")
-        self.writer = None
-
-    def __enter__(self) -> Run:
+        if self.args.track:
+            try:
+                self.wandb = wandb.init(name=self.folder.name, dir=self.folder, config=config)
+            except wandb.Error as error:
+                fail(f"Weights & Biases: {error} WANDB_MODE=offline needs no account. Nothing was trained")
+        for row in self.rows:  # of the run that is resumed
+            self._write(row)
         self.progress = Progress("training", self.total, self.step)
-        self.started, self.reported, self.saved = time.perf_counter() - self.seconds, time.perf_counter(), -math.inf
+        self.reported, self.saved = time.perf_counter(), -math.inf
+        self.started = self.reported - self.seconds
         return self
 
     def episode(self, episodic_return: float, length: int) -> None:
-        self.returns.append(float(episodic_return))
-        self.lengths.append(int(length))
+        """Notes a finished training episode."""
+        self.last100["return"].append(float(episodic_return))
+        self.last100["length"].append(int(length))
 
     def report(self, step: int, metrics: dict[str, float | None]) -> None:
+        """Adds a row of metrics, None for "nothing yet", the headline first. One that is not finite ends the run."""
         now = time.perf_counter()
-        self.seconds = now - self.started
-        for key, value in metrics.items():
+        self.seconds, speed = now - self.started, (step - self.step) / (now - self.reported)
+        means = {f"charts/episodic_{kind}": sum(v) / len(v) if v else None for kind, v in self.last100.items()}
+        row = {"step": step, "seconds": round(self.seconds, 3), "charts/SPS": round(speed), **means, **metrics}
+        for key, value in row.items():
             if value is not None and not math.isfinite(value):
-                fail(f"{key} is {value} at step {step}; {self.folder / 'model.pt'} holds what was saved last", 1)
-        row = {
-            "step": step,
-            "seconds": round(self.seconds, 3),
-            "charts/SPS": round((step - self.step) / (now - self.reported)),
-        }
-        if self.episodes:
-            for name, values in (("return", self.returns), ("length", self.lengths)):
-                row[f"charts/episodic_{name}"] = sum(values) / len(values) if values else None
-        row |= metrics
-        if self.threshold is not None and not self.solved and len(self.returns) == 100:
-            if sum(self.returns) / 100 >= self.threshold:
-                self.solved = [step, self.seconds]
-        if self.writer is None:
-            self.writer = csv.DictWriter(self.csv, list(row))
-            self.writer.writeheader()
-            self.writer.writerows(self.rows)
-        self.writer.writerow(row)
-        self.csv.flush()
-        self.rows.append(row)
+                self._stop(f"{key} is {value} at step {step}")
         self.step, self.reported = step, now
-        self.progress.update(step, "")
+        self.rows.append(row)
+        self._write(row)
+        headline, value = next(iter((means or metrics).items()))
+        self.progress.update(step, "" if value is None else f"{headline.split('/')[-1]} {value:.4g}")
+        if self.threshold is not None and not self.solved and len(self.last100["return"]) == 100:
+            self.solved = [step, self.seconds] if value >= self.threshold else None
+        if self.wandb:
+            self.wandb.log({k: v for k, v in row.items() if v is not None}, step=step)
         if now - self.saved > 20:
             self.save()
 
+    def _write(self, row: dict[str, float | None]) -> None:
+        writer = csv.DictWriter(self.csv, list(self.rows[0]), lineterminator="\n")
+        if self.csv.tell() == 0:
+            writer.writeheader()
+        writer.writerow(row)
+        self.csv.flush()
+
+    def _stop(self, reason: str) -> NoReturn:
+        file = self.folder / "model.pt"
+        fail(f"{reason}; " + (f"the last good checkpoint is {file}" if file.exists() else "nothing was saved yet"), 1)
+
     def save(self) -> None:
-        content = {"script": self.script, "args": dataclasses.asdict(self.args), "step": self.step, "seconds": self.seconds,
-                   "rows": self.rows, "solved": self.solved, "returns": list(self.returns), "lengths": list(self.lengths),
-                   "parts": {name: part.state_dict() for name, part in self.parts.items()}}  # fmt: skip
+        """Writes model.pt, unless a weight is not finite."""
+        states = {name: part.state_dict() for name, part in self.parts.items()}
+        for name, state in states.items():
+            if not all(v.isfinite().all() for v in state.values() if isinstance(v, torch.Tensor)):
+                self._stop(f"the {name} is not finite at step {self.step}")
+        content = {"script": self.script, "args": dataclasses.asdict(self.args), "parts": states, "rows": self.rows}
+        content |= {"step": self.step, "seconds": self.seconds, "solved": self.solved}
+        content |= {"last100": {kind: list(values) for kind, values in self.last100.items()}}
         torch.save(content, self.folder / "model.pt.tmp")
         os.replace(self.folder / "model.pt.tmp", self.folder / "model.pt")
         self.saved = time.perf_counter()
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         self.progress.close()
+        self.csv.close()
         if kind in (None, KeyboardInterrupt):
             self.save()
-        self.csv.close()
+        if kind and self.wandb:
+            self.wandb.finish(exit_code=1)
         if kind is KeyboardInterrupt:
             fail(f"interrupted at step {self.step}; go on with --resume {self.folder}", 130)
 
     def finish(self, returns: np.ndarray | None = None, **results: Any) -> Path:
-        scores = {} if returns is None else {
-            "eval_episodes": len(returns), "eval_return_mean": float(returns.mean()), "eval_return_std": float(returns.std())}  # fmt: skip
-        shown = [f"{k} {v:.4g}" for k, v in (scores | results).items() if isinstance(v, float)]
-        if not self.args.eval:
-            summary = {"script": self.script, "env": self.name, "seed": self.args.seed, "steps": self.step,
-                       "train_seconds": round(self.seconds, 3), "sps": round(self.step / max(self.seconds, 1e-9)), **scores}  # fmt: skip
-            if self.threshold is not None:
-                solved_step, solved_seconds = self.solved or (None, None)
-                summary |= {"solved_step": solved_step, "solved_seconds": solved_seconds}
-            (self.folder / "summary.json").write_text(json.dumps(summary | results, indent=2), encoding="utf-8")
-            from matplotlib.figure import Figure
-
-            figure = Figure(figsize=(16, 8), layout="constrained")
-            keys = [key for key in self.rows[0] if key not in ("step", "seconds")]
-            for i, key in enumerate(keys, start=1):
-                axis = figure.add_subplot(math.ceil(len(keys) / 4), 4, i, title=key)
-                axis.plot([row["step"] for row in self.rows], np.array([row[key] for row in self.rows], float))
-            figure.savefig(self.folder / "curves.png")
+        """Prints the result; after training it writes summary.json and curves.png too. Returns the folder."""
+        line = [f"{key.replace('_', ' ')} {value:.4g}" for key, value in results.items() if isinstance(value, float)]
         if returns is not None:
-            shown = [
-                f"{len(returns)} evaluation episodes: return {returns.mean():.4g} ± {returns.std():.2g}",
-                *shown[2:],
-            ]
-        print(" · ".join([*shown, f"{self.seconds:.1f} s of training", str(self.folder)]))
+            mean, std = float(returns.mean()), float(returns.std())
+            line.insert(0, f"{len(returns)} evaluation episodes: return {mean:.1f} ± {std:.1f}")
+            results |= {"eval_episodes": len(returns), "eval_return_mean": mean, "eval_return_std": std}
+        if self.threshold is not None:
+            step, seconds = self.solved or (None, None)
+            line.append(f"threshold {self.threshold:g} " + (f"after {seconds:.2f} s" if self.solved else "not reached"))
+            results |= {"solved_step": step, "solved_seconds": seconds}
+        print(*line, f"{self.seconds:.1f} s of training", self.folder, sep=" · ")
+        if self.args.eval:
+            return self.folder
+        summary = {"script": self.script, "env": self.name, "seed": self.args.seed, "steps": self.step}
+        summary |= {"train_seconds": self.seconds, "sps": round(self.step / max(self.seconds, 1e-9))} | results
+        (self.folder / "summary.json").write_text(json.dumps(summary, indent=2), encoding="utf-8")
+        self._draw()
+        if self.wandb:
+            self.wandb.summary.update(summary)
+            self.wandb.finish()
         return self.folder
+
+    def _draw(self) -> None:
+        from matplotlib.figure import Figure
+
+        keys = [key for key in self.rows[0] if key != "step" and any(row[key] is not None for row in self.rows)]
+        figure = Figure(figsize=(16, 3 * math.ceil(len(keys) / 4)), layout="constrained")
+        for place, key in enumerate(keys, start=1):
+            axis = figure.add_subplot(math.ceil(len(keys) / 4), 4, place, title=key)
+            axis.plot([row["step"] for row in self.rows], np.array([row[key] for row in self.rows], float))
+            if key == "charts/episodic_return" and self.threshold is not None:
+                axis.axhline(self.threshold, color="tab:red", linestyle="--")
+            axis.locator_params(nbins=5)
+            axis.grid(alpha=0.3)
+        figure.suptitle(f"{self.name} · {self.script} · seed {self.args.seed}")
+        figure.savefig(self.folder / "curves.png")
 
 
 # 8. Command line --------------------------------------------------------------------------------
 
 if __name__ == "__main__":
-    train(parse_args())
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to stop
+    try:
+        train(parse_args())
+    except KeyboardInterrupt:
+        fail("interrupted", 130)

@@ -18,16 +18,15 @@ def trained(script, folder, env, **changes):
     args = settings(script, folder, env, **changes)
     run = script.train(args)
     env = script.make_env(args.env)
-    shared = (args.shared_network,) if hasattr(args, "shared_network") else ()
-    agent = script.Agent(env.observation_space.shape[0], env.action_space, args.hidden, *shared)
-    agent.load_state_dict(script.load_checkpoint(str(run))["agent"])
+    agent = script.Agent(env.observation_space.shape[0], env.action_space, args.hidden)
+    agent.load_state_dict(script.load_checkpoint(str(run))["parts"]["agent"])
     return agent, json.loads((run / "summary.json").read_text())
 
 
 def preset_summary(script, folder, *flags):
     """Trains with the preset, and returns the summary."""
     argv = ["--run-dir", str(folder), "--eval-episodes", "20", *flags]
-    run = script.train(script.parse_args(script.Args, script.PRESETS, argv))
+    run = script.train(script.parse_args(argv))
     return json.loads((run / "summary.json").read_text())
 
 
@@ -35,26 +34,6 @@ def metrics(run):
     """The rows of metrics.csv."""
     with open(run / "metrics.csv", newline="") as file:
         return list(csv.DictReader(file))
-
-
-def check_measuring_leaves_the_training_as_it_was(script, args, every):
-    """The run measures its gradient's noise every so many updates, and learns as if it did not."""
-    plain, args.variance_every = metrics(script.train(args)), every
-    measured = metrics(script.train(args))
-    found = [bool(row["losses/grad_variance"]) for row in measured]
-    assert found == [(n + 1) % every == 0 for n in range(len(measured))] and any(found)
-    for row, other in zip(plain, measured, strict=True):
-        assert row["losses/grad_variance"] == row["losses/grad_snr"] == row["losses/grad_cosine"] == ""
-        for key in ("step", "charts/episodic_return", "losses/policy_loss", "losses/entropy"):
-            assert row[key] == other[key]
-
-
-def check_normalized(script):
-    """--norm-adv changes nothing where it is off, and gives mean 0 and standard deviation 1 where it is on."""
-    advantages = torch.tensor([1.0, 2.0, 6.0])
-    assert script.normalized(script.Args(norm_adv=False), advantages).tolist() == [1.0, 2.0, 6.0]
-    normalized = script.normalized(script.Args(norm_adv=True), advantages)
-    assert normalized.mean().item() == pytest.approx(0, abs=1e-6) and normalized.std().item() == pytest.approx(1)
 
 
 def check_entropy_bonus_holds_the_policy_back(script, folder, **changes):
@@ -104,7 +83,7 @@ def check_one_line_of_error(script, args, message, capsys, folder):
 
 def interrupt_at_report(script, monkeypatch, count, run):
     """Runs run() until the script's count-th report, saves there, and presses Ctrl-C."""
-    report, calls = script.RunRecord.report, []
+    report, calls = script.Run.report, []
 
     def stop(self, step, metrics):
         report(self, step, metrics)
@@ -114,6 +93,6 @@ def interrupt_at_report(script, monkeypatch, count, run):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(script.RunRecord, "report", stop)
+        patch.setattr(script.Run, "report", stop)
         with pytest.raises(SystemExit):
             run()

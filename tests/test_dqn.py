@@ -163,6 +163,7 @@ def test_td_target_by_hand():
 
 def test_td_loss_by_hand():
     predictions, targets = torch.tensor([0.0, 0.0]), torch.tensor([0.5, 3.0])
+    assert dqn.td_loss(predictions, targets).item() == pytest.approx((0.125 + 2.5) / 2)
     assert dqn.td_loss(predictions, targets, torch.ones(2)).item() == pytest.approx((0.125 + 2.5) / 2)
     assert dqn.td_loss(predictions, targets, torch.tensor([1.0, 0.5])).item() == pytest.approx((0.125 + 1.25) / 2)
     with pytest.raises(AssertionError):
