@@ -4,6 +4,8 @@ Action 1 pays less now, leads to the richer state and makes the episode longer, 
 mishandles rewards, states or lengths goes wrong here.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 
@@ -29,12 +31,24 @@ def exact(agent):
     going_on, to_one = torch.tensor(1 - END).float(), torch.tensor(TO_ONE).float()
     stay = torch.stack([(policy * going_on * (1 - to_one)).sum(1), (policy * going_on * to_one).sum(1)], 1)  # [s, s']
     values = torch.linalg.solve(torch.eye(2) - stay, (policy * torch.tensor(REWARD)).sum(1))
-    gradient = torch.autograd.grad(values[0], agent.policy_parameters())
+    gradient = torch.autograd.grad(values[0], list(agent.actor.parameters()))
     return values.detach(), torch.cat([part.flatten() for part in gradient])
 
 
+class Rollout(NamedTuple):
+    """T steps of N environments, all [T, N] but obs [T + 1, N, D]."""
+
+    obs: np.ndarray
+    actions: np.ndarray
+    rewards: np.ndarray
+    terminated: np.ndarray
+    truncated: np.ndarray
+    valid: np.ndarray
+
+
 def play(script, agent, episodes, seed=0):
-    """Whole episodes from state 0 as the script's Rollout, padded to the longest."""
+    """Whole episodes from state 0, padded to the longest."""
+    make = getattr(script, "Rollout", Rollout)  # the script's own, if it has one
     rng = np.random.default_rng(seed)
     with torch.no_grad():
         probability = torch.softmax(agent.actor(torch.eye(2)), -1)[:, 1].numpy()
@@ -47,11 +61,11 @@ def play(script, agent, episodes, seed=0):
         state = (rng.random(episodes) < TO_ONE[state, action]).astype(int)
         alive = alive & ~ended
     obs = np.eye(2, dtype=np.float32)[np.array([*states, state])]
-    return script.Rollout(obs, *(np.stack(column) for column in zip(*rows, strict=True)))
+    return make(obs, *(np.stack(column) for column in zip(*rows, strict=True)))
 
 
 def flat_gradient(agent, loss):
-    return torch.cat([part.flatten() for part in torch.autograd.grad(loss, agent.policy_parameters())])
+    return torch.cat([part.flatten() for part in torch.autograd.grad(loss, list(agent.actor.parameters()))])
 
 
 def disagreement(estimates, gradient):
