@@ -24,7 +24,6 @@ import contextlib
 import csv
 import io
 import tempfile
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +43,7 @@ ESTIMATORS: dict[str, tuple[str, dict[str, Any]]] = {
     "REINFORCE, mean": ("reinforce", dict(baseline="mean")),
     "REINFORCE, time": ("reinforce", dict(baseline="time")),
     "REINFORCE, value": ("reinforce", dict(baseline="value")),
-    **{f"A2C, λ = {x:g}": ("a2c_gae", dict(gae_lambda=x, num_steps=10**6)) for x in (1.0, 0.95, 0.9, 0.5, 0.0)},
+    **{f"A2C, λ = {x:g}": ("a2c_gae", dict(gae_lambda=x)) for x in (1.0, 0.95, 0.9, 0.5, 0.0)},
 }
 UNBIASED = "A2C, λ = 1"
 
@@ -64,22 +63,56 @@ def read(file: Path) -> list[dict[str, str]]:
 # 1. Measuring -----------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def keep_mean(module: Any, means: list[torch.Tensor]) -> Iterator[None]:
-    """Notes the mean of the gradients that the script's gradient_noise sees."""
-    original = module.gradient_noise
+def gradient_noise(gradients: torch.Tensor, share: float) -> tuple[float, float, float]:
+    """How noisy a policy-gradient estimate is: its variance, signal-to-noise ratio and cosine.
 
-    def noting(losses: Iterable[torch.Tensor], parameters: list[Any], share: float) -> Any:
-        losses = list(losses)
-        gradients = [torch.autograd.grad(loss, parameters, retain_graph=True) for loss in losses]
-        means.append(torch.stack([torch.cat([part.flatten() for part in parts]) for parts in gradients]).mean(0))
-        return original(losses, parameters, share)
+    gradients [K, P] are K independent estimates of one gradient G. The variance is the trace of their
+    covariance. As averaging m estimates divides it by m, `share`, the environment steps behind an estimate
+    divided by the steps of a common budget, brings estimates of any size to that budget. The ratio is |G|^2
+    over the variance, where |G|^2 is freed of the noise that is left in the mean of the K (so it can
+    come out below 0 when there is nothing but noise). The cosine is the one between an estimate and
+    the mean of the others: 1 all point the same way, 0 they share nothing.
+    """
+    k, mean = len(gradients), gradients.mean(0)
+    trace = gradients.var(0).sum()  # E|g - G|^2
+    signal = mean.square().sum() - trace / k  # E|mean|^2 = |G|^2 + trace / K
+    others = (k * mean - gradients) / (k - 1)  # [K, P]
+    cosine = torch.cosine_similarity(gradients, others).mean()
+    variance = trace * share
+    return variance.item(), (signal / variance).item(), cosine.item()
 
-    module.gradient_noise = noting
-    try:
-        yield
-    finally:
-        module.gradient_noise = original
+
+def advantages_of(args: Any, agent: Any, part: Any) -> np.ndarray:
+    """What weighs each action of the rollout, [T, N]: of REINFORCE's baselines or, with a gae_lambda, of A2C."""
+    if not hasattr(args, "gae_lambda"):
+        returns, baseline = load_script("algos/reinforce.py").returns_and_baseline(args, agent, part)
+        return returns - baseline
+    with torch.no_grad():
+        values = agent.value(torch.from_numpy(part.obs)).numpy()  # [T + 1, N]
+    gae = load_script("algos/a2c_gae.py").gae
+    rewards = part.rewards * np.float32(args.reward_scale)
+    return gae(rewards, values, part.terminated, part.truncated, args.gamma, args.gae_lambda)
+
+
+def estimate(
+    args: Any, agent: Any, mean_length: float, samples: int, budget: int, rng: np.random.Generator
+) -> tuple[torch.Tensor, float]:
+    """K estimates [K, P] of the policy gradient per step, each from whole episodes of about `budget` steps; and
+    the steps behind an estimate as a share of the budget."""
+    reinforce = load_script("algos/reinforce.py")
+    n = max(2, round(budget / mean_length))
+    envs = reinforce.make_envs(args.env, samples * n)
+    rollout = reinforce.play(agent, envs, int(rng.integers(2**31)), rng)
+    envs.close()
+    steps, gradients = rollout.valid.sum() / samples, []
+    parameters = [*agent.actor.parameters()] + ([] if agent.discrete else [agent.log_std])
+    for group in np.split(np.arange(samples * n), samples):
+        part = reinforce.Rollout(*(array[:, group] for array in rollout))
+        arrays = (part.obs[:-1], part.actions, advantages_of(args, agent, part))
+        obs, actions, advantages = (torch.from_numpy(array[part.valid]) for array in arrays)
+        loss = -(agent.policy(obs).log_prob(actions) * advantages).sum() / steps
+        gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)]))
+    return torch.stack(gradients), steps / budget
 
 
 def measure(name: str, saved: dict[str, Any], seed: int) -> tuple[tuple[float, float, float], torch.Tensor]:
@@ -87,14 +120,13 @@ def measure(name: str, saved: dict[str, Any], seed: int) -> tuple[tuple[float, f
     script, changes = ESTIMATORS[name]
     module, trained = load_script(f"algos/{script}.py"), saved["args"]
     common = {key: trained[key] for key in ("env", "gamma", "reward_scale", "hidden")}
-    args = module.Args(**common, variance_samples=SAMPLES, variance_steps=BUDGET, **changes)
+    args = module.Args(**common, **changes)
     env = module.make_env(args.env)
     agent = module.Agent(env.observation_space.shape[0], env.action_space, args.hidden)
-    agent.load_state_dict(saved["agent"])
-    mean_length, means = float(np.mean(saved["record"]["lengths"])), []
-    with keep_mean(module, means):
-        noise = module.measure(args, agent, mean_length, np.random.default_rng(seed), torch.device("cpu"))
-    return noise, means[0]
+    agent.load_state_dict(saved["parts"]["agent"])
+    mean_length = float(np.mean(saved["last100"]["length"]))
+    gradients, share = estimate(args, agent, mean_length, SAMPLES, BUDGET, np.random.default_rng(seed))
+    return gradient_noise(gradients, share), gradients.mean(0)
 
 
 def measure_all(env: str, seeds: int, results: Path) -> None:
@@ -108,9 +140,8 @@ def measure_all(env: str, seeds: int, results: Path) -> None:
             with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
                 argv = ["--env", env, "--seed", str(seed), "--total-timesteps", str(steps), "--no-anneal-lr"]
                 argv += ["--run-dir", folder, "--eval-episodes", "1"]
-                args = a2c.parse_args(a2c.Args, a2c.PRESETS, argv)
-                saved = a2c.load_checkpoint(str(a2c.train(args)))
-            reached = float(np.mean(saved["record"]["returns"]))
+                saved = a2c.load_checkpoint(a2c.train(a2c.parse_args(argv)))
+            reached = float(np.mean(saved["last100"]["return"]))
             rows, common = [], {"seed": seed, "stage": stage, "policy_return": round(reached, 1)}
             _, reference = measure(UNBIASED, saved, seed + 1000)  # from episodes that no estimator below sees
             for name in ESTIMATORS:

@@ -20,7 +20,7 @@ DEFAULT_TINY = "--total-timesteps 10000 --eval-episodes 2"
 TINY = {
     "algos/dynamic_programming.py": "--total-timesteps 50 --eval-episodes 2",
     "algos/dqn_atari.py": "--total-timesteps 400 --eval-episodes 1 --frame-skip 30 --num-envs 2 --buffer-size 2000"
-    " --learning-starts 100 --train-frequency 32 --gradient-steps 1 --batch-size 8",
+    " --learning-starts 100 --train-frequency 32 --batch-size 8",
     "rlhf/dpo.py": "--total-episodes 256 --eval-episodes 16 --eval-every 4 --batch-size 64 --response-length 6"
     " --num-pairs 64 --num-samples 2 --sft-epochs 0 --reward-epochs 1 --judge-split None",
     "rlhf/grpo.py": "--warmup-steps 2 --total-episodes 64 --num-prompts 4 --group-size 4 --eval-episodes 4"

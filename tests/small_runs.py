@@ -72,10 +72,10 @@ def watch_td_targets(script, monkeypatch, double):
     return same
 
 
-def check_one_line_of_error(script, args, message, capsys, folder):
+def check_one_line_of_error(run, message, capsys, folder):
     """Bad settings end the run with one line and status 2, and leave no file."""
     with pytest.raises(SystemExit) as stop:
-        script.train(args)
+        run()
     error = capsys.readouterr().err
     assert stop.value.code == 2 and message in error and error.count("\n") == 1
     assert not list(folder.iterdir())

@@ -2,7 +2,6 @@
 
 from functools import partial
 
-import gymnasium as gym
 import numpy as np
 import probes  # noqa: F401  (registers the probe environments)
 import pytest
@@ -12,8 +11,6 @@ import two_state
 from conftest import load_script
 
 a2c = load_script("algos/a2c_gae.py")
-CPU = torch.device("cpu")
-
 
 settings = partial(small_runs.settings, a2c, num_steps=8)
 trained = partial(small_runs.trained, a2c, num_steps=8)
@@ -56,99 +53,52 @@ def test_policy_loss_by_hand():
     loss = a2c.policy_loss(logprobs, torch.tensor([3.0, -1.0]))
     assert loss.item() == pytest.approx(-(-3 + 2) / 2)
     assert torch.autograd.grad(loss, logprobs)[0].tolist() == [-1.5, 0.5]
-    for function in (a2c.policy_loss, a2c.value_loss):
-        with pytest.raises(AssertionError):
-            function(logprobs, torch.zeros(2, 1))
+    with pytest.raises(AssertionError):
+        a2c.policy_loss(logprobs, torch.zeros(2, 1))
 
 
-def estimates(agent, args, groups, size=4):
+def estimates(agent, gae_lambda, groups, size=4):
     """Gradient estimates [groups, P], each from as many whole episodes of the two-state MDP as size says."""
     played = two_state.play(a2c, agent, groups * size)
-    _, advantages = a2c.judge(args, agent, played, CPU)
+    values = agent.value(torch.from_numpy(played.obs)).detach().numpy()
+    advantages = a2c.gae(played.rewards, values, played.terminated, played.truncated, 1.0, gae_lambda)
     gradients = []
     for group in np.split(np.arange(groups * size), groups):
         valid = played.valid[:, group]
         batch = (array[:, group][valid] for array in (played.obs[:-1], played.actions, advantages))
         obs, actions, b_advantages = map(torch.from_numpy, batch)
-        loss = a2c.policy_loss(agent.logprob_entropy(obs, actions)[0], b_advantages) * valid.sum() / size
+        loss = a2c.policy_loss(agent.policy(obs).log_prob(actions), b_advantages) * valid.sum() / size
         gradients.append(-two_state.flat_gradient(agent, loss))
     return torch.stack(gradients)
 
 
-def test_lambda_trades_bias_for_variance(tmp_path):
+def test_lambda_trades_bias_for_variance():
     """With any critic lambda 1 is unbiased; with the true values so is lambda 0, at a lower variance; with a
     wrong critic lambda 0 is biased."""
     agent = two_state.make_agent(a2c)
     values, gradient = two_state.exact(agent)
-    one, zero = (settings(tmp_path, "CartPole-v1", gamma=1.0, gae_lambda=x) for x in (1.0, 0.0))
-    assert two_state.disagreement(estimates(agent, one, 2_000), gradient) < 4.5
-    assert two_state.disagreement(estimates(agent, zero, 2_000), gradient) > 6
+    assert two_state.disagreement(estimates(agent, 1.0, 2_000), gradient) < 4.5
+    assert two_state.disagreement(estimates(agent, 0.0, 2_000), gradient) > 6
     agent.value = lambda obs: obs @ values
-    with_one, with_zero = (estimates(agent, args, 2_000) for args in (one, zero))
+    with_one, with_zero = (estimates(agent, gae_lambda, 2_000) for gae_lambda in (1.0, 0.0))
     assert two_state.disagreement(with_one, gradient) < 4.5
     assert two_state.disagreement(with_zero, gradient) < 4.5
     assert with_one.var(0).sum() > 1.3 * with_zero.var(0).sum()
 
 
-def test_rewards_and_advantages_are_scaled_as_asked(tmp_path):
-    agent = a2c.Agent(2, gym.spaces.Discrete(2), 8)
-    agent.value = lambda obs: torch.zeros(len(obs))
-    played = two_state.play(a2c, agent, 4)
-    whole, half = (
-        a2c.judge(settings(tmp_path, "CartPole-v1", reward_scale=x), agent, played, CPU)[1] for x in (1, 0.5)
-    )
-    np.testing.assert_allclose(half, whole / 2, atol=1e-6)
-    small_runs.check_normalized(a2c)
-
-
-def test_the_noise_of_known_gradients():
-    weight = torch.zeros(4, requires_grad=True)
-    rows = np.array([[1.0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0]])
-    variance, snr, cosine = a2c.gradient_noise([(weight * torch.tensor(row)).sum() for row in rows], [weight], 2.0)
-    assert variance == pytest.approx(2.0 * 1.0)  # each of three coordinates has the variance 1/3
-    assert snr == pytest.approx(0.0, abs=1e-6) and cosine == pytest.approx(0.0, abs=1e-6)  # orthogonal: no signal
-
-
-def test_measuring_a_worse_critic_finds_more_noise():
-    """At lambda 1 a critic far from the truth leaves the gradient alone and adds to its variance only."""
-    torch.manual_seed(0)
-    agent = a2c.Agent(4, gym.spaces.Discrete(2), 8)
-    args = a2c.Args(gamma=1.0, gae_lambda=1.0, num_steps=500, variance_steps=256, variance_samples=32)
-
-    def measured(value):
-        agent.value = lambda obs: torch.full_like(obs[:, 0], value)
-        return a2c.measure(args, agent, 22.0, np.random.default_rng(0), CPU)[0]
-
-    assert measured(100.0) > 5 * measured(12.0)
-
-
-def test_lambda_one_over_whole_episodes_is_reinforce_with_the_value_baseline():
-    """Both scripts measure the same noise on the same episodes, each by its own path."""
-    reinforce, found = load_script("algos/reinforce.py"), []
-    for script, changes in ((a2c, dict(gae_lambda=1.0, num_steps=10**9)), (reinforce, dict(baseline="value"))):
-        torch.manual_seed(0)
-        agent = script.Agent(4, gym.spaces.Discrete(2), 8)
-        args = script.Args(variance_steps=256, variance_samples=4, **changes)
-        found.append(script.measure(args, agent, 22.0, np.random.default_rng(0), CPU))
-    np.testing.assert_allclose(found[0], found[1], rtol=1e-3)
-
-
-def test_measured_episodes_are_cut_where_rollouts_end():
-    """With rollouts of 2 steps and lambda 1 the critic is asked every second step, as in training."""
-    agent = a2c.Agent(4, gym.spaces.Discrete(2), 8)
-    seen, gae = [], a2c.gae
-    args = a2c.Args(num_steps=2, variance_steps=64, variance_samples=2)
-    try:
-        a2c.gae = lambda r, v, terminated, truncated, *rest: (
-            seen.append((terminated, truncated)) or gae(r, v, terminated, truncated, *rest)
-        )
-        a2c.measure(args, agent, 22.0, np.random.default_rng(0), CPU)
-    finally:
-        a2c.gae = gae
-    terminated, truncated = seen[0]
-    alternate = truncated[:8].astype(int)  # no CartPole falls within 8 steps
-    assert ((alternate[:-1] + alternate[1:]) == 1).all() and 0 < alternate[0].sum() < alternate.shape[1]
-    assert not terminated[:8].any()
+@pytest.mark.parametrize("norm_adv", [False, True])
+def test_rewards_and_advantages_are_scaled_as_asked(tmp_path, monkeypatch, norm_adv):
+    """The same first rollout under two scales: its advantages differ by the scale, or not at all."""
+    seen, original = [], a2c.policy_loss
+    monkeypatch.setattr(a2c, "policy_loss", lambda logprobs, adv: seen.append(adv) or original(logprobs, adv))
+    monkeypatch.setattr(a2c.Agent, "value", lambda self, obs: 0 * self.critic(obs).squeeze(-1))
+    for reward_scale in (1.0, 0.5):
+        a2c.train(settings(tmp_path, "CartPole-v1", reward_scale=reward_scale, norm_adv=norm_adv, total_timesteps=60))
+    assert len(seen) == 2
+    torch.testing.assert_close(seen[1], seen[0] if norm_adv else seen[0] / 2)
+    if norm_adv:
+        assert seen[0].mean().item() == pytest.approx(0, abs=1e-6)
+        assert seen[0].std().item() == pytest.approx(1, abs=1e-3)
 
 
 # Endings --------------------------------------------------------------------------------------
@@ -161,14 +111,11 @@ def test_a_time_limit_is_not_a_death(tmp_path, bootstrap, truth):
     assert values_at(agent, 0)[0] == pytest.approx(truth, rel=0.05)
 
 
-def test_rows_that_only_reset_are_not_learnt_from(tmp_path):
-    envs = a2c.make_envs("ProbeMarked-v0", 3)
-    agent = a2c.Agent(1, envs.single_action_space, 8)
-    next_obs, _ = envs.reset(seed=0)
-    played = a2c.play(agent, envs, next_obs, np.zeros(3, bool), 8, np.random.default_rng(0))
-    assert played.obs[:, 0, 0].tolist() == [0, 1, 2, 99, 0, 1, 2, 99, 0]
-    assert played.valid[:, 0].tolist() == [True, True, True, False] * 2
+def test_rows_that_only_reset_are_not_learnt_from(tmp_path, monkeypatch):
+    seen, original = [], a2c.Agent.policy
+    monkeypatch.setattr(a2c.Agent, "policy", lambda self, obs: seen.append(obs.unique()) or original(self, obs))
     agent, _ = trained(tmp_path, "ProbeMarked-v0", gamma=0.5, critic_epochs=4, total_timesteps=20_000)
+    assert torch.cat(seen).unique().tolist() == [0, 1, 2]  # 99, the last observation, only precedes a reset
     np.testing.assert_allclose(values_at(agent, 0, 1, 2), [1.75, 1.5, 1.0], atol=0.1)
     args = settings(tmp_path, "ProbeMarked-v0", num_steps=7, total_timesteps=2_000)  # resets fall on first rows too
     assert {row["charts/episodic_length"] for row in small_runs.metrics(a2c.train(args))} == {"3.0"}
@@ -181,16 +128,14 @@ def test_rows_that_only_reset_are_not_learnt_from(tmp_path):
     ("env", "observations", "truth"),
     [("Constant", [0], [1.0]), ("Sign", [-1, 1], [-1.0, 1.0]), ("Delayed", [0, 1], [0.9, 1.0])],
 )
-@pytest.mark.parametrize("shared_network", [False, True])
-def test_the_critic_finds_the_value(tmp_path, env, observations, truth, shared_network):
-    agent, _ = trained(tmp_path, f"Probe{env}-v0", gamma=0.9, shared_network=shared_network, total_timesteps=15_000)
+def test_the_critic_finds_the_value(tmp_path, env, observations, truth):
+    agent, _ = trained(tmp_path, f"Probe{env}-v0", gamma=0.9, total_timesteps=15_000)
     np.testing.assert_allclose(values_at(agent, *observations), truth, atol=0.07)
 
 
 @pytest.mark.parametrize("env", ["ProbeActionDependent-v0", "ProbeContinuous-v0"])
-@pytest.mark.parametrize("optimizer", ["adam", "rmsprop"])
-def test_the_policy_finds_the_best_action(tmp_path, env, optimizer):
-    _, summary = trained(tmp_path, env, optimizer=optimizer, total_timesteps=20_000, eval_episodes=20)
+def test_the_policy_finds_the_best_action(tmp_path, env):
+    _, summary = trained(tmp_path, env, total_timesteps=20_000, eval_episodes=20)
     assert summary["eval_return_mean"] > {"ProbeActionDependent-v0": 0.99, "ProbeContinuous-v0": -0.05}[env]
 
 
@@ -203,16 +148,8 @@ def test_cartpole_is_solved(tmp_path):
     assert summary["solved_step"] is not None and summary["eval_return_mean"] >= 475
 
 
-def test_a_shared_network_is_one_trunk_with_two_heads():
-    agent = a2c.Agent(3, gym.spaces.Discrete(2), 8, shared=True)
-    assert [a is b for a, b in zip(agent.actor, agent.critic, strict=True)] == [True] * 4 + [False]
-    separate = a2c.Agent(3, gym.spaces.Discrete(2), 8)
-    assert not {id(p) for p in separate.actor.parameters()} & {id(p) for p in separate.critic.parameters()}
-
-
-@pytest.mark.parametrize("shared_network", [False, True])
-def test_only_the_critic_goes_on_learning_in_further_epochs(tmp_path, monkeypatch, shared_network):
-    """Each gradient step but the first leaves the actor's own layers without a gradient."""
+def test_only_the_critic_goes_on_learning_in_further_epochs(tmp_path, monkeypatch):
+    """Each gradient step but the first leaves the actor without a gradient."""
     agents, steps, adam_step, make = [], [], torch.optim.Adam.step, a2c.Agent
     monkeypatch.setattr(a2c, "Agent", lambda *args: agents.append(make(*args)) or agents[-1])
 
@@ -223,14 +160,8 @@ def test_only_the_critic_goes_on_learning_in_further_epochs(tmp_path, monkeypatc
         return adam_step(self, *args)
 
     monkeypatch.setattr(torch.optim.Adam, "step", step)
-    a2c.train(settings(tmp_path, "CartPole-v1", critic_epochs=3, total_timesteps=100, shared_network=shared_network,
-                       max_grad_norm=0.1))  # fmt: skip
+    a2c.train(settings(tmp_path, "CartPole-v1", critic_epochs=3, total_timesteps=100, max_grad_norm=0.1))
     assert steps == [(True, True), (False, True), (False, True)] * (len(steps) // 3) and len(steps) >= 6
-
-
-def test_measuring_the_noise_leaves_the_training_as_it_was(tmp_path):
-    args = settings(tmp_path, "CartPole-v1", total_timesteps=600, variance_steps=64, variance_samples=4)
-    small_runs.check_measuring_leaves_the_training_as_it_was(a2c, args, every=3)
 
 
 # Bad input ------------------------------------------------------------------------------------
@@ -239,14 +170,13 @@ def test_measuring_the_noise_leaves_the_training_as_it_was(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(num_steps=1), "--num-steps must be at least 2"),
-        (dict(gae_lambda=1.5), "--gae-lambda must lie in [0, 1]"),
-        (dict(learning_rate=0.0), "--learning-rate must be positive"),
-        (dict(critic_epochs=0), "--critic-epochs must be positive"),
-        (dict(variance_samples=1), "--variance-samples must be at least 2"),
-        (dict(env="ProbeConstant-v0", variance_every=1), "has no time limit"),
+        (dict(num_envs=1, num_steps=1), "a rollout needs two transitions"),
+        (dict(gae_lambda=1.5), "--gae-lambda must be in [0, 1]"),
+        (dict(learning_rate=0.0), "--learning-rate must be > 0"),
+        (dict(critic_epochs=0), "--critic-epochs must be > 0"),
     ],
 )
 def test_bad_settings_end_with_one_line(tmp_path, capsys, changes, message):
-    args = settings(tmp_path, **(dict(env="CartPole-v1") | changes))
-    small_runs.check_one_line_of_error(a2c, args, message, capsys, tmp_path)
+    small_runs.check_one_line_of_error(
+        lambda: a2c.train(settings(tmp_path, "CartPole-v1", **changes)), message, capsys, tmp_path
+    )
