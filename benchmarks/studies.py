@@ -200,7 +200,8 @@ Q_LEARNING = Study(
 
 CART = "CartPole-v1"
 PLAIN = "--no-double --n-step 1 --tau 0.1"
-OVER = Panel("charts/overestimation", "over-estimation: predicted minus obtained return", linear_to=100)
+NO_TARGET, NO_REPLAY = "--tau 1 --target-network-frequency 1", "--buffer-size 256"
+Q_VALUES = Panel("losses/q_values", "mean predicted value", linear_to=100)
 DQN_PLAIN = Variant("plain DQN (1-step)", DQN, CART, PLAIN)
 DQN_STUDY = Study(
     "dqn", "DQN: ablations and extensions",
@@ -208,21 +209,21 @@ DQN_STUDY = Study(
     [
         Group("Without its two ideas", [
             DQN_PLAIN,
-            Variant("no target network", DQN, CART, f"{PLAIN} --no-target-network"),
-            Variant("no replay", DQN, CART, f"{PLAIN} --no-replay"),
-            Variant("neither", DQN, CART, f"{PLAIN} --no-replay --no-target-network"),
-        ], [RETURN, OVER]),
+            Variant("no target network", DQN, CART, f"{PLAIN} {NO_TARGET}"),
+            Variant("no replay", DQN, CART, f"{PLAIN} {NO_REPLAY}"),
+            Variant("neither", DQN, CART, f"{PLAIN} {NO_REPLAY} {NO_TARGET}"),
+        ], [RETURN, Q_VALUES]),
         Group("One extension at a time", [
             DQN_PLAIN,
             Variant("+ double", DQN, CART, "--n-step 1 --tau 0.1"),
             Variant("+ dueling", DQN, CART, f"{PLAIN} --dueling"),
-            Variant("+ prioritised", DQN, CART, f"{PLAIN} --prioritized"),
+            Variant("+ prioritised", DQN, CART, f"{PLAIN} --prioritized-replay-alpha 0.6"),
             Variant("+ 15-step", DQN, CART, "--no-double --tau 0.1"),
-            Variant("all four", DQN, CART, "--tau 0.1 --dueling --prioritized"),
+            Variant("all four", DQN, CART, "--tau 0.1 --dueling --prioritized-replay-alpha 0.6"),
             Variant("preset (double, 15-step, τ 0.02)", DQN, CART),
-        ], [RETURN, OVER]),
+        ], [RETURN, Q_VALUES]),
     ],
-    columns=[("over-estimation at the end", "charts/overestimation"), ("at most", "charts/overestimation max")],
+    columns=[("Q at first states, predicted", "predicted_return"), ("obtained", "obtained_return")],
 )  # fmt: skip
 
 # Policy gradient -------------------------------------------------------------------------------
@@ -269,21 +270,21 @@ PPO_STUDY = Study(
         Group("The constraint", [
             ppo("clip 0.05", "--clip-coef 0.05"), ppo("clip 0.1", "--clip-coef 0.1"), PPO_BASE,
             ppo("clip 0.3", "--clip-coef 0.3"), ppo("clip 0.4", "--clip-coef 0.4"),
-            ppo("adaptive KL penalty", "--objective kl"), ppo("no constraint", "--objective none"),
+            ppo("no constraint", "--clip-coef inf"),
         ], [RETURN, KL]),
         Group("Epochs, clipped and not", [
             ppo("1 epoch", "--update-epochs 1"), PPO_BASE, ppo("16 epochs", "--update-epochs 16"),
-            ppo("no constraint", "--objective none"),
-            ppo("no constraint, 16 epochs", "--objective none --update-epochs 16"),
+            ppo("no constraint", "--clip-coef inf"),
+            ppo("no constraint, 16 epochs", "--clip-coef inf --update-epochs 16"),
             ppo("policy gradient: one step a rollout",
-                "--objective none --update-epochs 1 --num-minibatches 1 --learning-rate 1.5e-2", base=""),
+                "--update-epochs 1 --num-minibatches 1 --learning-rate 1.5e-2", base=""),
         ], [RETURN, KL]),
         Group("Entropy bonus", [
             PPO_BASE, ppo("entropy 0.001", "--ent-coef 0.001"), ppo("entropy 0.01", "--ent-coef 0.01"),
             ppo("entropy 0.1", "--ent-coef 0.1"),
         ], [RETURN, Panel("losses/entropy", "entropy")]),
         Group("Details", [
-            PPO_BASE, ppo("advantages not normalised", "--no-norm-adv"), ppo("value clipping", "--clip-vloss"),
+            PPO_BASE, ppo("advantages not normalised", "--no-norm-adv"),
             ppo("time limit treated as death", "--no-bootstrap-truncated"),
             ppo("learning rate not annealed", "--no-anneal-lr"), ppo("preset (1 epoch)", "", base=""),
         ], [RETURN, Panel("losses/explained_variance", "explained variance of the critic")]),
@@ -297,8 +298,7 @@ PPO_LANDER = Study(
     "ppo_lunarlander", "PPO's parts on LunarLander",
     "Does what holds on CartPole hold on a harder task?",
     [Group(LANDER, [
-        ppo("preset", "", "", LANDER), ppo("no constraint", "--objective none", "", LANDER),
-        ppo("adaptive KL penalty", "--objective kl", "", LANDER),
+        ppo("preset", "", "", LANDER), ppo("no constraint", "--clip-coef inf", "", LANDER),
         ppo("advantages not normalised", "--no-norm-adv", "", LANDER),
         ppo("time limit treated as death", "--no-bootstrap-truncated", "", LANDER),
     ])],

@@ -344,7 +344,7 @@ def test_eval_plays_the_saved_table(learn, capsys):
     _, summary, folder = learn("--no-is-slippery", "--total-timesteps", "20000")
     ql.train(ql.parse_args(["--eval", str(folder), "--eval-episodes", "7"]))
     line = capsys.readouterr().out.splitlines()[-1]
-    assert summary["exact_return"] == 1 and re.search(r"\b7 \w+ episodes", line) and "exact_return 1" in line
+    assert summary["exact_return"] == 1 and re.search(r"\b7 \w+ episodes", line) and "exact return 1" in line
 
 
 # Faults reported of other libraries ---------------------------------------------------------------
