@@ -3,7 +3,6 @@
 import csv
 import json
 
-import gymnasium as gym
 import numpy as np
 import probes  # noqa: F401  (registers the probe environments)
 import pytest
@@ -476,142 +475,12 @@ def test_bad_settings_end_with_one_line(flags, message, tmp_path, capsys):
     assert stop.value.code == 2 and message in error and error.count("\n") == 1 and not list(tmp_path.iterdir())
 
 
-# Environments that people bring -----------------------------------------------------------------
-
-
-class Guest(gym.Env):
-    """Four steps with reward 1, unless a subclass does something unusual; nothing that gymnasium does not ask for."""
-
-    observation_space, action_space = gym.spaces.Box(-9, 9, (2,), np.float32), gym.spaces.Discrete(2)
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.t = 0
-        return self.look(), {}
-
-    def step(self, action):
-        assert self.action_space.contains(action)
-        self.t += 1
-        return self.look(), 1.0, self.t == 4, False, {}
-
-    def look(self):
-        return np.zeros(2, np.float32)
-
-
-class Endless(Guest):
-    """Has neither an end nor a time limit once the evaluation begins."""
-
-    def reset(self, *, seed=None, options=None):
-        self.end = 10**9 if seed is not None and seed >= 10**9 else 4
-        return super().reset(seed=seed, options=options)
-
-    def step(self, action):
-        obs, reward, *_ = super().step(action)
-        return obs, reward, self.t >= self.end, False, {}
-
-
-class Lists(Guest):
-    def look(self):
-        return [0.0, 0.0]
-
-
-class Legacy(Guest):
-    """Takes seeds of 32 bits only, as NumPy's old generator does."""
-
-    def reset(self, *, seed=None, options=None):
-        assert seed is None or 0 <= seed < 2**32
-        return super().reset(seed=seed, options=options)
-
-
-class OddInfos(Guest):
-    """Arrays of random length in the infos: no vector environment can stack them."""
-
-    def step(self, action):
-        return *super().step(action)[:4], {"found": np.zeros(self.np_random.integers(1, 9))}
-
-
-class FromFive(Guest):
-    action_space = gym.spaces.Discrete(2, start=5)
-
-
-class SameStep(gym.vector.VectorEnv):
-    """A vectorised version that resets within the step and shows another observation."""
-
-    metadata = {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}
-
-    def __init__(self, num_envs, **kwargs):
-        self.num_envs = num_envs
-        self.single_observation_space, self.single_action_space = gym.spaces.Box(-9, 9, (3,)), Guest.action_space
-
-    def reset(self, **kwargs):
-        raise AssertionError("this version does not fit and must not be played")
-
-
-class OldReset(Guest):
-    def reset(self):
-        return np.zeros(2, np.float32), {}
-
-
-class OldStep(Guest):
-    def step(self, action):
-        return np.zeros(2, np.float32), 1.0, True, {}
-
-
-class ArrayReward(Guest):
-    def step(self, action):
-        return np.zeros(2, np.float32), np.ones(1), True, False, {}
-
-
-class NeedsArgument(Guest):
-    def __init__(self, level):
-        self.level = level
-
-
-class Pixels(Guest):
-    observation_space = gym.spaces.Box(0, 255, (210, 160, 3), np.uint8)
-
-
-GUESTS = (Guest, Endless, Lists, Legacy, OddInfos, FromFive, OldReset, OldStep, ArrayReward, NeedsArgument, Pixels)
-for kind in GUESTS:
-    gym.register(f"Guest{kind.__name__}-v0", entry_point=kind)
-gym.register("GuestSameStep-v0", entry_point=Guest, vector_entry_point=SameStep)
-
-
-@pytest.mark.parametrize("guest", ["Guest", "Lists", "Legacy", "OddInfos", "FromFive", "SameStep"])
-def test_unusual_environments_are_trained_and_evaluated(tmp_path, guest):
-    args = settings(tmp_path, f"Guest{guest}-v0", total_timesteps=600, seed=2**31 - 1)
-    summary = json.loads((dqn.train(args) / "summary.json").read_text(encoding="utf-8"))
-    assert summary["eval_return_mean"] == 4 and summary["steps"] >= 600
-
-
-def test_an_evaluation_without_end_is_cut_and_says_so(tmp_path, capsys):
-    folder = dqn.train(settings(tmp_path, "GuestEndless-v0", total_timesteps=600))
-    assert json.loads((folder / "summary.json").read_text(encoding="utf-8"))["eval_return_mean"] == 10_000
-    assert "2 of 2 evaluation episodes were cut after 10,000 steps" in capsys.readouterr().out
-
-
-def test_the_environment_of_a_module_is_made_and_its_folder_has_a_plain_name(tmp_path):
-    folder = dqn.train(settings(tmp_path, "probes:ProbeConstant-v0", total_timesteps=600))
-    assert folder.name.startswith("probes-ProbeConstant-v0__dqn__3__")
-
-
-@pytest.mark.parametrize(
-    "guest, changes, message",
-    [
-        ("Pixels", {}, "dqn_atari.py"),
-        ("OldReset", {}, "GuestOldReset-v0 cannot be played"),
-        ("OldStep", {}, "GuestOldStep-v0 cannot be played"),
-        ("ArrayReward", {}, "a reward of shape (1,)"),
-        ("NeedsArgument", {}, "level"),
-        ("Guest", dict(capture_video=True), "Guest"),  # it cannot render
-        ("Guest", dict(buffer_size=10**13), "GiB; lower --buffer-size"),
-    ],
-)
-def test_what_cannot_be_played_ends_with_one_line_before_training(tmp_path, capsys, guest, changes, message):
+def test_a_memory_larger_than_the_machine_gets_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
-        dqn.train(settings(tmp_path, f"Guest{guest}-v0", **changes))
+        dqn.train(settings(tmp_path, "CartPole-v1", buffer_size=10**13))
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and message in error and error.count("\n") == 1 and not list(tmp_path.iterdir())
+    assert stop.value.code == 2 and "GiB; lower --buffer-size" in error and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
 # Learning -------------------------------------------------------------------------------------
