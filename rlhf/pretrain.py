@@ -519,10 +519,10 @@ class RunRecord:
             versions = {name: sys.modules[name].__version__ for name in sorted(libraries)}
             config = {"script": self.script, "args": dataclasses.asdict(args), "device": str(device),
                       "python": platform.python_version(), "platform": platform.platform(), **versions}  # fmt: skip
-            (self.folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+            (self.folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             if saved:
                 self._drop_rows_after(self.step)
-            self.csv = (self.folder / "metrics.csv").open("a", newline="")
+            self.csv = (self.folder / "metrics.csv").open("a", newline="", encoding="utf-8")
         except OSError as error:
             fail(f"cannot write the run folder: {error}")
         self.video_folder = self.folder / "videos" if getattr(args, "capture_video", False) else None
@@ -545,9 +545,9 @@ class RunRecord:
 
     def _drop_rows_after(self, step: int) -> None:
         """Cuts metrics.csv back to the checkpoint that is resumed."""
-        rows = (self.folder / "metrics.csv").read_text().splitlines(keepends=True)
+        rows = (self.folder / "metrics.csv").read_text(encoding="utf-8").splitlines(keepends=True)
         kept = [row for row in rows[1:] if row.endswith("\n") and int(row.split(",")[0]) <= step]
-        (self.folder / "metrics.csv.tmp").write_text("".join(rows[:1] + kept))
+        (self.folder / "metrics.csv.tmp").write_text("".join(rows[:1] + kept), encoding="utf-8")
         os.replace(self.folder / "metrics.csv.tmp", self.folder / "metrics.csv")
 
     def __enter__(self) -> RunRecord:
@@ -638,7 +638,7 @@ class RunRecord:
                             else f"threshold {self.threshold:g} not reached")  # fmt: skip
         summary |= results
         headline += [f"{key} {value:.4g}" for key, value in results.items() if isinstance(value, float)]
-        (self.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        (self.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         if self.wandb:
             self.wandb.summary.update(summary)
         print(" · ".join([*headline, f"{self.seconds:.1f} s of training", str(self.folder)]))
@@ -650,7 +650,7 @@ class RunRecord:
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
 
-        with open(self.folder / "metrics.csv", newline="") as file:
+        with open(self.folder / "metrics.csv", newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         columns = min(3, len(self.curves))
         height = math.ceil(len(self.curves) / columns)
@@ -688,5 +688,7 @@ class RunRecord:
 # 8. Command line --------------------------------------------------------------------------------
 
 if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to stop
     settings = parse_args(Args, PRESETS)
     evaluate_saved(settings) if settings.eval else train(settings)

@@ -248,6 +248,16 @@ def test_runs_alone_in_an_empty_folder(script, alone):
 
 
 @each_script
+def test_a_terminal_that_lacks_characters_stops_nothing(script, tmp_path):
+    """Plain ASCII knows neither "·" nor "±" nor an arrow."""
+    argv, variables = command(script, *tiny(script), "--run-dir", tmp_path), environment(PYTHONIOENCODING="ascii")
+    process = subprocess.run(argv, env=variables, capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stderr[-2000:]
+    [run] = tmp_path.iterdir()
+    assert (run / "summary.json").is_file() and process.stdout.splitlines()[-1].endswith(run.name)
+
+
+@each_script
 def test_wandb_is_not_imported_without_track(script, alone):
     _, process = alone(script)
     imported = re.findall(r"^import time:\s+\d+ \|\s+\d+ \|\s+([\w.]+)$", process.stderr, re.M)
