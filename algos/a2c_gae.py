@@ -138,7 +138,7 @@ class Args:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "CartPole-v1": dict(
-        total_timesteps=300_000, num_envs=64, num_steps=32, learning_rate=7e-3, gamma=0.995, critic_epochs=4,
+        total_timesteps=300_000, num_envs=64, num_steps=32, learning_rate=5e-3, gamma=0.98, critic_epochs=4,
         reward_scale=0.1,
     ),
     "LunarLander-v3": dict(

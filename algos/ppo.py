@@ -135,16 +135,18 @@ class Args:
         check(self, "in [0, 1]", "gamma", "gae_lambda")
 
 
-LUNAR = dict(
-    total_timesteps=600_000, num_envs=16, num_minibatches=16, learning_rate=2e-3, gamma=0.999, gae_lambda=0.98,
-    reward_scale=0.05,
-)  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {
     "CartPole-v1": dict(
         total_timesteps=250_000, num_envs=64, num_steps=64, update_epochs=1, learning_rate=1.5e-2, gamma=0.98, hidden=32
     ),
-    "LunarLander-v3": LUNAR | dict(ent_coef=0.01),
-    "LunarLanderContinuous-v3": LUNAR,
+    "LunarLander-v3": dict(
+        total_timesteps=600_000, num_envs=16, num_minibatches=16, learning_rate=2e-3, gamma=0.999, gae_lambda=0.98,
+        ent_coef=0.01, reward_scale=0.05,
+    ),
+    "LunarLanderContinuous-v3": dict(
+        total_timesteps=600_000, num_envs=16, num_minibatches=16, learning_rate=2e-3, gamma=0.999, gae_lambda=0.98,
+        reward_scale=0.05,
+    ),
     "Acrobot-v1": dict(total_timesteps=150_000, num_envs=16, num_steps=128, learning_rate=2e-3, reward_scale=0.1),
     "MountainCar-v0": dict(
         total_timesteps=500_000, num_envs=16, num_steps=128, learning_rate=2e-3, norm_obs=True, norm_reward=True,

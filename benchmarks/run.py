@@ -96,7 +96,7 @@ def changed_settings(variant: Variant, record: Record) -> list[str]:
     script, then = load_script(variant.script), record["settings"]
     now = dataclasses.asdict(script.Args()) | script.PRESETS.get(then["env"], {})
     flags = re.findall(r" --(?:no-)?([a-z0-9-]+)", record["command"])
-    same = {"run_dir", "seed", *(flag.replace("-", "_") for flag in flags)}
+    same = {"run_dir", "seed", "device", *(flag.replace("-", "_") for flag in flags)}
     return [k for k, value in now.items() if k not in same and json.dumps(then.get(k, value)) != json.dumps(value)]
 
 

@@ -50,14 +50,16 @@ def tiny(script: str) -> list[str]:
     return TINY.get(script, DEFAULT_TINY).split()
 
 
+def parse_flags(script: str, *flags: object):
+    """The settings that the flags, presets and defaults give."""
+    module, argv = load_script(script), [str(flag) for flag in flags]
+    return module.parse_args(module.Args, module.PRESETS, argv) if script in FIRST_HOUSE else module.parse_args(argv)
+
+
 def run_script(script: str, *flags: object) -> Path | None:
     """What `python script flags` does, without starting a process; the run folder, if it trained."""
-    module = load_script(script)
-    argv = [str(flag) for flag in flags]
-    if script in FIRST_HOUSE:
-        args = module.parse_args(module.Args, module.PRESETS, argv)
-        return module.evaluate_saved(args) if args.eval else module.train(args)
-    return module.train(module.parse_args(argv))
+    module, args = load_script(script), parse_flags(script, *flags)
+    return module.evaluate_saved(args) if script in FIRST_HOUSE and args.eval else module.train(args)
 
 
 @pytest.fixture(scope="session")

@@ -48,7 +48,7 @@ def home(tmp_path, monkeypatch):
 def test_study_end_to_end(home, capsys):
     run.main(["small", "--seeds", "3"])
     printed = capsys.readouterr().out
-    assert "6 runs to do, 0 are there" in printed and "MISS: error: --gamma must lie in [0, 1]" in printed
+    assert "6 runs to do, 0 are there" in printed and "MISS: error: --gamma must be in [0, 1]" in printed
     results = {file.name: file.read_bytes() for file in (home / "benchmarks" / "results" / "small").iterdir()}
     assert len(results) == 12  # two whole files for each run, a miss included, and nothing half-written
 

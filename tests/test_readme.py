@@ -8,7 +8,7 @@ import shutil
 import sys
 
 import pytest
-from conftest import ROOT, SCRIPTS, each_script, load_script, run_script, tiny
+from conftest import ROOT, SCRIPTS, each_script, parse_flags, run_script, tiny
 from packaging.requirements import Requirement
 
 if sys.version_info >= (3, 11):
@@ -51,8 +51,7 @@ def test_documented_command_runs(command, trained, tmp_path, monkeypatch):
         flags = [flag.replace("runs/{folder}", str(tmp_path / "run")) for flag in flags]
     (tmp_path / "my_reward.py").write_text("def score(texts):\n    return [float(len(text)) for text in texts]\n")
     flags = [flag.replace("my_reward.py", str(tmp_path / "my_reward.py")) for flag in flags]
-    module = load_script(script)
-    args = module.parse_args(module.Args, module.PRESETS, flags)
+    args = parse_flags(script, *flags)
     for name in ("model", "dataset"):
         if getattr(args, name, None) not in (None, "new") and not os.path.exists(getattr(args, name)):
             return
