@@ -136,7 +136,7 @@ PUBLISHED = {
 def preset_envs(script: Path) -> list[str]:
     """The default environment of a script and those of its PRESETS, read without importing it."""
     text = script.read_text(encoding="utf-8")
-    default = re.findall(r'^    env: .*= "([^"]+)"$', text, re.M)
+    default = re.findall(r'^    env: .*?= "([^"]+)"', text, re.M)
     presets = re.search(r"^PRESETS.*?^}", text, re.M | re.S)
     return list(dict.fromkeys(default + re.findall(r'^    "([^"]+)": dict\(', presets[0] if presets else "", re.M)))
 

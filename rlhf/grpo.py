@@ -38,8 +38,11 @@ Run      python rlhf/grpo.py
                               .rename_column("question", "prompt").to_json("gsm8k.jsonl")
          python rlhf/grpo.py --eval runs/<folder>
 
-Expect   TODO measure: five fresh seeds on one core: seconds and memory of the default run; before and after it greedy,
-         pass@1, pass@16 and length on held-out problems, and on harder ones.
+Expect   Seeds 301 to 304, two runs at a time on two cores of an AMD EPYC: 102 to 139 s of training, warm start
+         included. Greedy answers on held-out problems right after it: 1.00, .93, 1.00, 1.00 (seed 301 before: .02);
+         pass@1 .99, .92, .98, .99 (before: .34); pass@16 1, .94, 1, 1 (before: 1, so nothing was gained there);
+         length 16 tokens (before: 4). Problems with more swaps than any trained on: pass@1 .02 to .05, a miss.
+         GPU: not measured yet.
 
 Folder   besides the usual: start/ (the warm-started model) and policy/, which from_pretrained loads, and samples.md.
          Steps are answers sampled. summary.json has greedy (share of right greedy answers), pass@1 and pass@16 (of
