@@ -82,8 +82,8 @@ import torch
 import tyro
 from gymnasium.spaces import Box, Discrete
 from torch import Tensor, nn
-from torch.distributions import Categorical, Distribution, Independent, Normal
-from torch.nn.functional import mse_loss
+from torch.distributions import Distribution, Normal
+from torch.nn.functional import log_softmax, mse_loss
 from tqdm import tqdm
 
 NEXT_STEP = gym.vector.AutoresetMode.NEXT_STEP
@@ -264,12 +264,14 @@ class Agent(nn.Module):
     def value(self, obs: Tensor) -> Tensor:  # [..., D] -> [...]
         return self.critic(obs).squeeze(-1)
 
-    def policy(self, obs: Tensor) -> Distribution:
-        """The distribution of actions at observations [..., D]."""
+    def logprobs_and_entropy(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+        """log pi(a | s) of actions [B] or [B, A] at observations [B, D], and the entropy of pi(. | s), both [B]."""
         outputs = self.actor(obs)
         if self.discrete:
-            return Categorical(logits=outputs)
-        return Independent(Normal(outputs, self.log_std.exp()), 1)
+            logprobs = log_softmax(outputs, -1)
+            return logprobs.gather(-1, actions[:, None]).squeeze(-1), -(logprobs.exp() * logprobs).sum(-1)
+        pi = Normal(outputs, self.log_std.exp())
+        return pi.log_prob(actions).sum(-1), pi.entropy().sum(-1)
 
     def numpy_layers(self) -> list[tuple[np.ndarray, np.ndarray]]:
         """Weights and biases of the actor: what act() computes with."""
@@ -387,9 +389,9 @@ def train(args: Args) -> Path:
                 v_loss = 0.5 * mse_loss(agent.value(b_obs), b_returns)
                 loss = args.vf_coef * v_loss
                 if epoch == 0:  # the policy moves once: these data are of the one that it was
-                    pi = agent.policy(b_obs)
-                    pg_loss = policy_loss(pi.log_prob(b_actions), b_advantages)
-                    entropy = pi.entropy().mean()
+                    logprobs, entropy = agent.logprobs_and_entropy(b_obs, b_actions)
+                    pg_loss = policy_loss(logprobs, b_advantages)
+                    entropy = entropy.mean()
                     loss = loss + pg_loss - args.ent_coef * entropy
                 optimizer.zero_grad()
                 loss.backward()

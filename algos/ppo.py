@@ -73,8 +73,8 @@ import torch
 import tyro
 from gymnasium.spaces import Box, Discrete
 from torch import Tensor, nn
-from torch.distributions import Categorical, Distribution, Independent, Normal
-from torch.nn.functional import mse_loss
+from torch.distributions import Distribution, Normal
+from torch.nn.functional import log_softmax, mse_loss
 from tqdm import tqdm
 
 NEXT_STEP = gym.vector.AutoresetMode.NEXT_STEP
@@ -290,14 +290,16 @@ class Agent(nn.Module):
         self.log_std = None if self.discrete else nn.Parameter(torch.zeros(outputs))
 
     def value(self, obs: Tensor) -> Tensor:  # [..., D] -> [...]
-        return self.critic(self.norm(obs)).squeeze(-1)
+        return self.critic(obs).squeeze(-1)
 
-    def policy(self, obs: Tensor) -> Distribution:
-        """The distribution of actions at observations [..., D]."""
-        outputs = self.actor(self.norm(obs))
+    def logprobs_and_entropy(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+        """log pi(a | s) of actions [B] or [B, A] at observations [B, D], and the entropy of pi(. | s), both [B]."""
+        outputs = self.actor(obs)
         if self.discrete:
-            return Categorical(logits=outputs)
-        return Independent(Normal(outputs, self.log_std.exp()), 1)
+            logprobs = log_softmax(outputs, -1)
+            return logprobs.gather(-1, actions[:, None]).squeeze(-1), -(logprobs.exp() * logprobs).sum(-1)
+        pi = Normal(outputs, self.log_std.exp())
+        return pi.log_prob(actions).sum(-1), pi.entropy().sum(-1)
 
     def numpy_layers(self) -> list[tuple[np.ndarray, np.ndarray]]:
         """Weights and biases of the actor, the normalisation folded into the first: what act() computes with."""
@@ -420,28 +422,29 @@ def train(args: Args) -> Path:
                     discounted[t + 1] = scaled[t] + args.gamma * discounted[t] * valid[t]
                 return_stats.update(discounted[1:].reshape(-1))
                 scaled /= return_stats.var.sqrt().item()
+            inputs = agent.norm(torch.from_numpy(obs).to(device))
             with torch.no_grad():
-                values = agent.value(torch.from_numpy(obs).to(device)).cpu().numpy()
+                values = agent.value(inputs).cpu().numpy()
             deaths = terminated if args.bootstrap_truncated else terminated | truncated
             advantages = gae(scaled, values, deaths, truncated, args.gamma, args.gae_lambda)
             returns = advantages + values[:-1]
 
             # Learn from the rows that are transitions, as one batch [B].
-            rollout = (obs[:-1], actions, advantages, returns)
-            b_obs, b_actions, b_advantages, b_returns = (torch.from_numpy(x[valid]).to(device) for x in rollout)
+            rollout = (inputs[:-1], actions, advantages, returns)
+            batch = [torch.as_tensor(x[valid], device=device) for x in rollout]
             with torch.no_grad():
-                b_logprobs = agent.policy(b_obs).log_prob(b_actions)
+                batch.append(agent.logprobs_and_entropy(*batch[:2])[0])
             history = []
             for _ in range(args.update_epochs):
-                for mb in torch.randperm(len(b_obs)).to(device).tensor_split(args.num_minibatches):
-                    mb_advantages = b_advantages[mb]
+                order = torch.randperm(len(batch[0])).to(device)
+                minibatches = [x[order].tensor_split(args.num_minibatches) for x in batch]
+                for mb_obs, mb_actions, mb_advantages, mb_returns, mb_logprobs in zip(*minibatches, strict=True):
                     if args.norm_adv:
                         mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std() + 1e-8)
-                    pi = agent.policy(b_obs[mb])
-                    logprobs = pi.log_prob(b_actions[mb])
-                    pg_loss, approx_kl, clipfrac = ppo_loss(logprobs, b_logprobs[mb], mb_advantages, args.clip_coef)
-                    v_loss = 0.5 * mse_loss(agent.value(b_obs[mb]), b_returns[mb])
-                    entropy = pi.entropy().mean()
+                    logprobs, entropy = agent.logprobs_and_entropy(mb_obs, mb_actions)
+                    pg_loss, approx_kl, clipfrac = ppo_loss(logprobs, mb_logprobs, mb_advantages, args.clip_coef)
+                    v_loss = 0.5 * mse_loss(agent.value(mb_obs), mb_returns)
+                    entropy = entropy.mean()
                     loss = pg_loss + args.vf_coef * v_loss - args.ent_coef * entropy  # Eq. 9, Schulman 2017
                     optimizer.zero_grad()
                     loss.backward()

@@ -74,8 +74,8 @@ import torch
 import tyro
 from gymnasium.spaces import Box, Discrete
 from torch import Tensor, nn
-from torch.distributions import Categorical, Distribution, Independent, Normal
-from torch.nn.functional import mse_loss
+from torch.distributions import Distribution, Normal
+from torch.nn.functional import log_softmax, mse_loss
 from tqdm import tqdm
 
 NEXT_STEP = gym.vector.AutoresetMode.NEXT_STEP
@@ -267,12 +267,14 @@ class Agent(nn.Module):
     def value(self, obs: Tensor) -> Tensor:  # [..., D] -> [...]
         return self.critic(obs).squeeze(-1)
 
-    def policy(self, obs: Tensor) -> Distribution:
-        """The distribution of actions at observations [..., D]."""
+    def logprobs_and_entropy(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+        """log pi(a | s) of actions [B] or [B, A] at observations [B, D], and the entropy of pi(. | s), both [B]."""
         outputs = self.actor(obs)
         if self.discrete:
-            return Categorical(logits=outputs)
-        return Independent(Normal(outputs, self.log_std.exp()), 1)
+            logprobs = log_softmax(outputs, -1)
+            return logprobs.gather(-1, actions[:, None]).squeeze(-1), -(logprobs.exp() * logprobs).sum(-1)
+        pi = Normal(outputs, self.log_std.exp())
+        return pi.log_prob(actions).sum(-1), pi.entropy().sum(-1)
 
     def numpy_layers(self) -> list[tuple[np.ndarray, np.ndarray]]:
         """Weights and biases of the actor: what act() computes with."""
@@ -393,9 +395,9 @@ def train(args: Args) -> Path:
             b_obs, b_actions, b_advantages, b_returns = (torch.from_numpy(x[valid]).to(device) for x in rollout)
             if args.norm_adv:
                 b_advantages = (b_advantages - b_advantages.mean()) / (b_advantages.std() + 1e-8)
-            pi = agent.policy(b_obs)
-            pg_loss = policy_loss(pi.log_prob(b_actions), b_advantages, N)
-            entropy = pi.entropy().mean()
+            logprobs, entropy = agent.logprobs_and_entropy(b_obs, b_actions)
+            pg_loss = policy_loss(logprobs, b_advantages, N)
+            entropy = entropy.mean()
             optimizer.zero_grad()
             (pg_loss - args.ent_coef * entropy * len(b_obs) / N).backward()
             nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)

@@ -110,7 +110,7 @@ def estimate(
         part = reinforce.Rollout(*(array[:, group] for array in rollout))
         arrays = (part.obs[:-1], part.actions, advantages_of(args, agent, part))
         obs, actions, advantages = (torch.from_numpy(array[part.valid]) for array in arrays)
-        loss = -(agent.policy(obs).log_prob(actions) * advantages).sum() / steps
+        loss = -(agent.logprobs_and_entropy(obs, actions)[0] * advantages).sum() / steps
         gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)]))
     return torch.stack(gradients), steps / budget
 

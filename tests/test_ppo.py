@@ -6,6 +6,7 @@ import gymnasium as gym
 import numpy as np
 import probes  # noqa: F401  (registers the probe environments)
 import pytest
+import scipy.stats
 import small_runs
 import torch
 from conftest import load_script
@@ -128,7 +129,10 @@ def test_the_numpy_policy_samples_the_torch_policy():
     with torch.no_grad():
         for parameter in agent.actor.parameters():
             parameter += torch.randn_like(parameter)
-        probabilities = agent.policy(torch.ones(1, 3)).probs[0].numpy()
+        inputs = agent.norm(torch.ones(4, 3))
+        logprobs, entropies = agent.logprobs_and_entropy(inputs, torch.arange(4))
+        probabilities = logprobs.exp().numpy()
+    np.testing.assert_allclose(entropies, scipy.stats.entropy(probabilities), rtol=1e-5)
     layers = agent.numpy_layers()
     actions = agent.act(layers, obs, rng)
     frequencies = np.bincount(actions, minlength=4) / len(actions)
@@ -141,11 +145,16 @@ def test_the_numpy_policy_samples_the_torch_gaussian():
     agent, rng = ppo.Agent(3, gym.spaces.Box(-1, 1, (2,)), 8), np.random.default_rng(0)
     with torch.no_grad():
         agent.log_std += torch.tensor([0.3, -0.5])
-        pi = agent.policy(torch.ones(1, 3))
+        mean, std = agent.actor(torch.ones(3)).numpy(), agent.log_std.exp().numpy()
     actions = agent.act(agent.numpy_layers(), np.ones((100_000, 3), np.float32), rng)
-    np.testing.assert_allclose(actions.mean(0), pi.mean[0], atol=0.02)
-    np.testing.assert_allclose(actions.std(0), pi.stddev[0], rtol=0.01)
-    np.testing.assert_allclose(agent.act(agent.numpy_layers(), np.ones((1, 3), np.float32)), pi.mean, rtol=1e-5)
+    np.testing.assert_allclose(actions.mean(0), mean, atol=0.02)
+    np.testing.assert_allclose(actions.std(0), std, rtol=0.01)
+    np.testing.assert_allclose(agent.act(agent.numpy_layers(), np.ones((1, 3), np.float32))[0], mean, rtol=1e-5)
+    with torch.no_grad():
+        logprobs, entropies = agent.logprobs_and_entropy(torch.ones(50, 3), torch.from_numpy(actions[:50]).float())
+    normal = scipy.stats.multivariate_normal(mean, np.diag(std**2))
+    np.testing.assert_allclose(logprobs, normal.logpdf(actions[:50]), rtol=1e-4)
+    np.testing.assert_allclose(entropies, np.full(50, normal.entropy()), rtol=1e-5)
 
 
 def test_actions_reach_the_environment_in_its_own_units():
@@ -179,13 +188,13 @@ def test_the_ratio_is_one_on_the_first_minibatch_of_every_update(tmp_path, monke
 
 
 def test_reset_rows_and_successors_of_ends_never_enter_a_loss(tmp_path, monkeypatch):
-    seen, original = [], ppo.Agent.policy
+    seen, original = [], ppo.Agent.logprobs_and_entropy
 
-    def spy(self, obs):
+    def spy(self, obs, actions):
         seen.append(obs.numpy().ravel())
-        return original(self, obs)
+        return original(self, obs, actions)
 
-    monkeypatch.setattr(ppo.Agent, "policy", spy)
+    monkeypatch.setattr(ppo.Agent, "logprobs_and_entropy", spy)
     ppo.train(settings(tmp_path, "ProbeMarked-v0", total_timesteps=1000))
     values, counts = np.unique(np.concatenate(seen), return_counts=True)
     assert values.tolist() == [0, 1, 2]  # 99, the last observation, only ever follows a reset row

@@ -98,7 +98,7 @@ def estimates(agent, args, groups, baseline_of=None, size=4):
             baseline = baseline_of(part, returns)
         batch = (array[part.valid] for array in (part.obs[:-1], part.actions, returns - baseline))
         obs, actions, advantages = map(torch.from_numpy, batch)
-        loss = reinforce.policy_loss(agent.policy(obs).log_prob(actions), advantages.float(), size)
+        loss = reinforce.policy_loss(agent.logprobs_and_entropy(obs, actions)[0], advantages.float(), size)
         gradients.append(-two_state.flat_gradient(agent, loss))
     return torch.stack(gradients)
 
