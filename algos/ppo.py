@@ -139,7 +139,8 @@ class Args:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "CartPole-v1": dict(
-        total_timesteps=250_000, num_envs=64, num_steps=64, update_epochs=1, learning_rate=1.5e-2, gamma=0.98, hidden=32
+        total_timesteps=250_000, num_envs=64, num_steps=64, update_epochs=1, learning_rate=1.5e-2, gamma=0.98,
+        ent_coef=0.005, hidden=32,
     ),
     "LunarLander-v3": dict(
         total_timesteps=600_000, num_envs=16, num_minibatches=16, learning_rate=2e-3, gamma=0.999, gae_lambda=0.98,
