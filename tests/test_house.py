@@ -44,7 +44,7 @@ EXPLODE = {
 }
 
 # Functions that are the same text wherever they occur. The run record is checked as a whole.
-SHARED_FUNCTIONS = {"gae": ("algos/ppo.py", "algos/a2c_gae.py")}
+SHARED_FUNCTIONS = {"gae": ("algos/ppo.py", "algos/a2c_gae.py", "algos/ppo_masks.py")}
 
 # What the two scripts of preferences define under one name is one text, bar the parts that make them two.
 PREFERENCE_SCRIPTS = ("rlhf/rlhf_ppo.py", "rlhf/dpo.py")
