@@ -73,6 +73,7 @@ import operator as op
 import os
 import platform
 import re
+import shutil
 import sys
 import time
 import zlib
@@ -296,10 +297,14 @@ def load_split(name: str, split: str) -> datasets.Dataset:
     """One split of a dataset: a hub name, a folder, or a .csv, .json(l) or .parquet file, whose split is train."""
     datasets.disable_progress_bars()
     kinds = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+    cache = None
+    if Path(name).exists():  # the library's cache knows a folder by its last name, and confuses two of one name
+        files = [f"{path.resolve()} {path.stat().st_mtime_ns}" for path in (Path(name), *sorted(Path(name).rglob("*")))]
+        cache = str(Path(datasets.config.HF_DATASETS_CACHE) / f"{zlib.crc32(repr(files).encode()):08x}")
     try:
         if Path(name).is_file():
-            return datasets.load_dataset(kinds[Path(name).suffix], data_files=name, split=split)
-        return datasets.load_dataset(name, split=split)
+            return datasets.load_dataset(kinds[Path(name).suffix], data_files=name, split=split, cache_dir=cache)
+        return datasets.load_dataset(name, split=split, cache_dir=cache)
     except Exception as error:  # the loader has no common class of errors
         fail(f"cannot load the split {split!r} of the dataset {name}: {error}")
 
@@ -388,6 +393,10 @@ def load_lm(name: str) -> tuple[Any, nn.Module]:
         fail(f"the tokenizer of {name} has no end-of-sequence token")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # any token will do, for masks and not ids mark padding
+    if (top := max(tokenizer.get_vocab().values())) >= (size := lm.get_input_embeddings().num_embeddings):
+        fail(
+            f"the tokenizer of {name} has a token {top} and the model only {size}: lm.resize_token_embeddings, save it"
+        )
     return tokenizer, lm
 
 
@@ -462,10 +471,14 @@ def prepare(args: Args) -> tuple[Any, nn.Module]:
     return tokenizer, lm.eval()
 
 
-def save_pretrained(folder: Path, lm: nn.Module, tokenizer: Any) -> None:
-    """Model and tokenizer as a folder that from_pretrained loads."""
-    lm.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+def save_pretrained(folder: Path, net: nn.Module, tokenizer: Any) -> None:
+    """Network and tokenizer as a folder that from_pretrained loads, whole or not at all; adapters are merged in."""
+    net = net.merge_and_unload() if hasattr(net, "merge_and_unload") else net
+    unfinished = folder.with_name(folder.name + ".tmp")
+    net.save_pretrained(unfinished)
+    tokenizer.save_pretrained(unfinished)
+    shutil.rmtree(folder, ignore_errors=True)
+    unfinished.rename(folder)
 
 
 # 4. The mathematics -----------------------------------------------------------------------------
@@ -620,18 +633,18 @@ def train(args: Args) -> Path:
 
 
 class Trained:
-    """The weights that learn, for the checkpoint: with LoRA those of the adapter only."""
+    """The weights that learn, for the checkpoint: with LoRA those of the adapter and the head only."""
 
-    def __init__(self, lm: nn.Module):
-        self.lm = lm
+    def __init__(self, net: nn.Module):
+        self.net = net
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {name: p.detach() for name, p in self.lm.named_parameters() if p.requires_grad}
+        return {name: p.detach() for name, p in self.net.named_parameters() if p.requires_grad}
 
     def load_state_dict(self, saved: dict[str, Tensor]) -> None:
         if saved.keys() != self.state_dict().keys():
             raise KeyError("other weights")
-        self.lm.load_state_dict(saved, strict=False)
+        self.net.load_state_dict(saved, strict=False)
 
 
 class Values(dict):

@@ -46,21 +46,17 @@ Deviations from GPT-2
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import dataclasses
-import io
 import json
 import math
 import os
 import platform
-import random
 import re
 import sys
 import time
 import zlib
 from collections import Counter, deque
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -84,97 +80,70 @@ SPECIAL = ("<pad>", "<eos>", "<unk>", "<bos>")
 
 @dataclass
 class Args:
-    model: str = "new"
-    """new builds a model and its tokenizer; a hub name or a folder goes on with that one"""
-    dataset: str = str(DATA / "corpus")
-    """texts to learn from: a hub name or a folder"""
-    seed: int = 1
-    """seed of every random number: weights, order of the texts, samples; >= 0"""
-    total_episodes: int = 112_000
-    """texts to read, with repetition"""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """where training runs; auto is the GPU where there is one"""
-    track: bool = False
-    """send the metrics to Weights & Biases too (WANDB_MODE=offline keeps them on this machine)"""
-    wandb_project: str = "plainrl"
-    """the project's name on Weights & Biases"""
-    wandb_entity: str | None = None
-    """the user or team on Weights & Biases; None is your default one"""
-    run_dir: str = "runs"
-    """folder in which the run's own folder is made"""
-    eval: str | None = None
-    """evaluate this saved run (a run folder or its model.pt) and exit"""
-    resume: str | None = None
-    """go on with this interrupted run (a run folder or its model.pt)"""
-    eval_episodes: int = 512
-    """texts sampled at the end, to read and to count; >= 1"""
+    model: str = "new"  # new builds a model and its tokenizer; a hub name or a folder goes on with that one
+    dataset: str = str(DATA / "corpus")  # texts to learn from: a hub name, a folder, a .jsonl or .csv file
+    seed: int = 1  # seed of every random number: weights, order of the texts, samples
+    total_episodes: int = 112_000  # texts to read, with repetition
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where training runs; auto is a GPU if there is one
+    track: bool = False  # send the metrics to Weights & Biases too (WANDB_PROJECT, _ENTITY and _MODE say where)
+    run_dir: str = "runs"  # folder in which the run's own folder is made
+    eval: str | None = None  # evaluate this saved run and exit
+    resume: str | None = None  # go on with this interrupted run
+    eval_episodes: int = 512  # texts sampled at the end, to read and to count
 
-    text_column: str = "text"
-    """column of the texts"""
-    valid_percent: float = 2.0
-    """share of the texts left out to measure the loss on, chosen by their checksum; in (0, 50]"""
-    max_length: int = 32
-    """longest text in tokens; longer ones lose their end"""
-    max_vocab: int = 5_000
-    """tokens of a new model's vocabulary: the commonest words"""
-    hidden: int = 176
-    """width of a new model; a multiple of heads"""
-    layers: int = 4
-    """layers of a new model"""
-    heads: int = 4
-    """attention heads per layer of a new model"""
-    batch_size: int = 64
-    """texts per step"""
-    learning_rate: float = 2e-3
-    """AdamW's step size after warm-up; less to go on with a trained model: 3e-4 for tiny_lm, 1e-4 for larger ones"""
-    warmup: int = 6_400
-    """texts over which the learning rate rises from zero"""
-    weight_decay: float = 0.1
-    """AdamW's weight decay, on matrices only; >= 0"""
-    max_grad_norm: float = 1.0
-    """the gradient's norm is scaled down to at most this; > 0"""
-    bf16: bool = False
-    """compute in bfloat16 (weights stay float32); faster where the processor knows it"""
-    report_every: int = 3_200
-    """texts between reports"""
-    valid_every: int = 32_000
-    """texts between measurements of the held-out loss"""
+    text_column: str = "text"  # column of the texts
+    valid_percent: float = 2.0  # share of the texts left out to measure the loss on, chosen by their checksum
+    max_length: int = 32  # longest text in tokens; longer ones lose their end
+    max_vocab: int = 5_000  # tokens of a new model's vocabulary: the commonest words
+    hidden: int = 176  # width of a new model; a multiple of heads
+    layers: int = 4  # layers of a new model
+    heads: int = 4  # attention heads per layer of a new model
+    batch_size: int = 64  # texts per step
+    learning_rate: float = 2e-3  # AdamW's step size after warm-up; 3e-4 to go on with tiny_lm, 1e-4 with larger models
+    warmup: int = 6_400  # texts over which the learning rate rises from zero
+    weight_decay: float = 0.1  # AdamW's weight decay, on matrices only
+    max_grad_norm: float = 1.0  # the gradient's norm is scaled down to at most this
+    bf16: bool = False  # compute in bfloat16 (weights stay float32); faster where the processor knows it
+    report_every: int = 3_200  # texts between reports
+    valid_every: int = 32_000  # texts between measurements of the held-out loss
+
+    def __post_init__(self):
+        check(self, "> 0", "total_episodes", "eval_episodes", "max_vocab", "hidden", "layers", "heads", "batch_size")
+        check(self, "> 0", "learning_rate", "max_grad_norm", "report_every", "valid_every")
+        check(self, ">= 0", "warmup", "weight_decay")
+        if self.hidden % self.heads:
+            fail(f"--hidden {self.hidden} must be a multiple of --heads {self.heads}")
+        if not 0 < self.valid_percent <= 50:
+            fail(f"--valid-percent must be in (0, 50], not {self.valid_percent}")
+        if self.max_length < 2 or self.max_vocab <= len(SPECIAL):
+            fail(f"--max-length must be at least 2 and --max-vocab more than {len(SPECIAL)}")
 
 
 PRESETS: dict[str, dict[str, Any]] = {}
 
 
-def validate(args: Args) -> None:
-    """Ends the program with one line if a setting makes no sense."""
-    for name in ("total_episodes", "eval_episodes", "max_vocab", "hidden", "layers", "heads", "batch_size",
-                 "learning_rate", "max_grad_norm", "report_every", "valid_every"):  # fmt: skip
-        if not getattr(args, name) > 0:
-            fail(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
-    for name in ("seed", "warmup", "weight_decay"):
-        if not getattr(args, name) >= 0:
-            fail(f"--{name.replace('_', '-')} must not be negative, but is {getattr(args, name)}")
-    if args.hidden % args.heads:
-        fail(f"--hidden {args.hidden} must be a multiple of --heads {args.heads}")
-    if not 0 < args.valid_percent <= 50:
-        fail(f"--valid-percent must lie in (0, 50], not {args.valid_percent}")
-    if args.max_length < 2 or args.max_vocab <= len(SPECIAL):
-        fail(f"--max-length must be at least 2 and --max-vocab more than {len(SPECIAL)}")
-
-
 # 2. Data ----------------------------------------------------------------------------------------
+
+
+def load_split(name: str, split: str) -> datasets.Dataset:
+    """One split of a dataset: a hub name, a folder, or a .csv, .json(l) or .parquet file, whose split is train."""
+    datasets.disable_progress_bars()
+    kinds = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+    cache = None
+    if Path(name).exists():  # the library's cache knows a folder by its last name, and confuses two of one name
+        files = [f"{path.resolve()} {path.stat().st_mtime_ns}" for path in (Path(name), *sorted(Path(name).rglob("*")))]
+        cache = str(Path(datasets.config.HF_DATASETS_CACHE) / f"{zlib.crc32(repr(files).encode()):08x}")
+    try:
+        if Path(name).is_file():
+            return datasets.load_dataset(kinds[Path(name).suffix], data_files=name, split=split, cache_dir=cache)
+        return datasets.load_dataset(name, split=split, cache_dir=cache)
+    except Exception as error:  # the loader has no common class of errors
+        fail(f"cannot load the split {split!r} of the dataset {name}: {error}")
 
 
 def load_texts(args: Args) -> tuple[list[str], list[str]]:
     """The texts to learn from and those left out. A text's checksum decides, so repeated ones stay together."""
-    datasets.disable_progress_bars()
-    cache = None
-    if Path(args.dataset).is_dir():  # the library's cache knows a folder by its last name, and confuses two of one name
-        files = [f"{path.resolve()} {path.stat().st_mtime_ns}" for path in sorted(Path(args.dataset).rglob("*"))]
-        cache = str(Path(datasets.config.HF_DATASETS_CACHE) / f"{zlib.crc32(repr(files).encode()):08x}")
-    try:
-        data = datasets.load_dataset(args.dataset, split="train", cache_dir=cache)
-    except Exception as error:  # the loader has no common class of errors
-        fail(f"cannot load --dataset {args.dataset}: {error}")
+    data = load_split(args.dataset, "train")
     if args.text_column not in data.column_names:
         fail(f"the dataset has no column {args.text_column!r}; it has {', '.join(data.column_names)}")
     texts = [text for text in data[args.text_column] if text]
@@ -288,30 +257,28 @@ def distinct_2(rows: list[list[str]]) -> float:
 
 # 5. Training ------------------------------------------------------------------------------------
 
-CURVES = ("losses/lm_loss", "losses/valid_loss", "charts/learning_rate")
-
 
 def train(args: Args) -> Path:
     """Trains as args say and returns the run folder."""
-    validate(args)
-    saved = load_checkpoint(args.resume) if args.resume else None
-    device = pick_device(args.device, auto="cuda" if torch.cuda.is_available() else "cpu")
-    seed_everything(args.seed)
-
+    device = pick_device(args.device)
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(1)
     train_texts, valid_texts = load_texts(args)
     tokenizer, lm = make_lm(args, train_texts)
     lm.to(device)
     optimizer = adamw(lm, args)
     rows, valid_rows = (encode(tokenizer, texts, args.max_length) for texts in (train_texts, valid_texts))
-    if saved:
-        restore(saved, lm=lm, optimizer=optimizer)
+    run = Run(args, Path(args.dataset).stem, args.total_episodes, episodes=False, lm=lm, optimizer=optimizer)
+    if args.eval:
+        results, samples = evaluate(args, lm, tokenizer, valid_rows)
+        print("\n".join(samples[:20]))
+        return run.finish(**results)
+    cut = sum(row[-1] != tokenizer.eos_token_id for row in rows)
     parameters = sum(p.numel() for p in lm.parameters())
-    print(f"{len(rows):,} texts, {len(valid_rows):,} left out · {len(tokenizer):,} words · {parameters:,} parameters")
+    print(f"{len(rows):,} texts ({cut:,} longer than --max-length lose their end), {len(valid_rows):,} left out · "
+          f"{len(tokenizer):,} words · {parameters:,} parameters")  # fmt: skip
 
-    def state() -> dict[str, Any]:
-        return {"lm": lm.state_dict(), "optimizer": optimizer.state_dict()}
-
-    with RunRecord(args, Path(args.dataset).name, args.total_episodes, device, state, CURVES, saved) as run:
+    with run:
         step, history = run.step, []
         while step < args.total_episodes:
             epoch, done = divmod(step, len(rows))
@@ -338,16 +305,15 @@ def train(args: Args) -> Path:
                     mean_loss, mean_norm = torch.stack(history).mean(0).tolist()
                     history.clear()
                     run.report(step, {
-                        "charts/learning_rate": lr, "charts/grad_norm": mean_norm, "losses/lm_loss": mean_loss,
+                        "losses/lm_loss": mean_loss, "charts/learning_rate": lr, "charts/grad_norm": mean_norm,
                         "losses/valid_loss": valid_loss(args, lm, tokenizer, valid_rows) if measure else None,
                     })  # fmt: skip
 
-        results, samples = evaluate(args, lm, tokenizer, valid_rows)
-        lm.save_pretrained(run.folder / "lm")
-        tokenizer.save_pretrained(run.folder / "lm")
-        (run.folder / "samples.txt").write_text("\n".join(samples) + "\n", encoding="utf-8")
-        run.finish(None, **results)
-    return run.folder
+    results, samples = evaluate(args, lm, tokenizer, valid_rows)
+    lm.save_pretrained(run.folder / "lm")
+    tokenizer.save_pretrained(run.folder / "lm")
+    (run.folder / "samples.txt").write_text("\n".join(samples) + "\n", encoding="utf-8")
+    return run.finish(**results)
 
 
 # 6. Evaluation ----------------------------------------------------------------------------------
@@ -388,23 +354,8 @@ def evaluate(args: Args, lm: nn.Module, tokenizer: Any, valid_rows: list[list[in
     return results, samples
 
 
-def evaluate_saved(args: Args) -> None:
-    """--eval: rebuilds the saved model, measures it and prints samples."""
-    validate(args)
-    saved = load_checkpoint(args.eval)
-    device = pick_device(args.device, auto="cuda" if torch.cuda.is_available() else "cpu")
-    train_texts, valid_texts = load_texts(args)
-    tokenizer, lm = make_lm(args, train_texts)
-    restore(saved, lm=lm)
-    results, samples = evaluate(args, lm.to(device), tokenizer, encode(tokenizer, valid_texts, args.max_length))
-    print("\n".join(samples[:20]))
-    figures = " · ".join(f"{name} {value:.4g}" for name, value in results.items())
-    print(f"{figures} · {checkpoint_path(args.eval).parent}")
-
-
 # 7. Run record ----------------------------------------------------------------------------------
-# Command line, seeds, checkpoints and the run folder. The same text in every script: a reader who
-# has read it once may skip it.
+# Settings, checkpoint and run folder. The same text in every script: read it once, then skip it.
 
 
 def fail(message: object, status: int = 2) -> NoReturn:
@@ -413,62 +364,47 @@ def fail(message: object, status: int = 2) -> NoReturn:
     raise SystemExit(status)
 
 
-def parse_args(cls: type, presets: dict[str, dict[str, Any]], argv: list[str] | None = None) -> Any:
-    """Settings from the command line: flag > saved run (--eval, --resume) or preset > default."""
-
-    def parse(default: Any) -> Any:
-        errors = io.StringIO()
-        try:
-            with contextlib.redirect_stderr(errors):
-                return tyro.cli(cls, args=argv, default=default, description=(__doc__ or "").split("\n")[0])
-        except SystemExit as stop:
-            if not stop.code:  # --help
-                raise
-            box = re.sub(r"[│─╭╮╰╯]|-{5,}", " ", errors.getvalue())  # tyro's message stands in a box,
-            message = box.partition("\n")[2].strip()  # under a title
-            fail(re.split(r"\n\s*\n", message)[0].rstrip(" .") + "; --help lists every flag")  # and above a rule
-
-    args = parse(cls())
-    if path := args.eval or args.resume:
-        try:
-            return parse(cls(**load_checkpoint(path)["args"]))
-        except TypeError as error:
-            fail(f"{path} was saved with other settings than this version of the script has: {error}")
-    name = getattr(args, "env", None)
-    if name not in presets:
-        return args
-    print(f"preset for {name}: " + " ".join(f"--{k.replace('_', '-')} {v}" for k, v in presets[name].items()))
-    return parse(dataclasses.replace(cls(), **presets[name]))
+def check(args: Args, rule: Literal["> 0", ">= 0", "in [0, 1]"], *names: str) -> None:
+    """Ends the program with one line if one of these settings breaks the rule; None is no value and passes."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and not {"> 0": value > 0, ">= 0": value >= 0, "in [0, 1]": 0 <= value <= 1}[rule]:
+            fail(f"--{name.replace('_', '-')} must be {rule}, not {value}")
 
 
-def pick_device(name: str, auto: str) -> torch.device:
-    """The torch device called name, or the one that suits this script for "auto"."""
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    name = auto if name == "auto" else name
+def pick_device(name: str) -> torch.device:
+    """The device of this name; auto is a GPU if there is one."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(device for device, there in available.items() if there)
     if not available[name]:
         fail(f"--device {name} is not available on this machine; use --device cpu")
-    if name == "cpu":
-        torch.set_num_threads(1)  # small matrices: more threads only wait for each other
     return torch.device(name)
 
 
-def seed_everything(seed: int) -> np.random.Generator:
-    """Seeds Python and torch once, and returns the NumPy generator that the script draws from."""
-    random.seed(seed)
-    torch.manual_seed(seed)
-    return np.random.default_rng(seed)
-
-
-def checkpoint_path(path: str) -> Path:
-    """model.pt of a run folder, or the file itself."""
-    return Path(path) / "model.pt" if Path(path).is_dir() else Path(path)
+def parse_args(argv: list[str] | None = None) -> Args:
+    """Settings: flag > saved run (with --eval, --resume) > preset of the environment > default."""
+    about = (__doc__ or "").split("\n")[0]
+    args = tyro.cli(Args, args=argv, description=about)
+    name, path = getattr(args, "env", ""), args.eval or args.resume
+    if path:
+        defaults = load_checkpoint(path)["args"] | {"eval": None, "resume": None}
+    elif defaults := PRESETS.get(name, {}):
+        print(f"preset for {name}: " + " ".join(f"--{k.replace('_', '-')} {v}" for k, v in defaults.items()))
+    try:
+        args = tyro.cli(Args, args=argv, default=Args(**defaults), description=about)
+    except TypeError as error:
+        fail(f"{path} was saved with other settings than this version of the script has: {error}")
+    if not 0 <= args.seed < 2**31:
+        fail(f"--seed must be in [0, 2147483647], not {args.seed}")
+    return args
 
 
 def load_checkpoint(path: str) -> dict[str, Any]:
-    """A dictionary of tensors and plain values; loading it runs no code."""
-    file = checkpoint_path(path)
+    """The model.pt of a run folder, tensors and plain values; loading it runs no code."""
+    file = Path(path, "model.pt") if Path(path).is_dir() else Path(path)
     if not file.is_file():
-        fail(f"there is no saved model at {file}; give a run folder or its model.pt")
+        fail(f"there is no saved model at {file}; give a run folder")
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True)
         script = saved["script"]
@@ -479,210 +415,185 @@ def load_checkpoint(path: str) -> dict[str, Any]:
     return saved
 
 
-def restore(saved: dict[str, Any], **parts: Any) -> None:
-    """restore(saved, agent=agent) is agent.load_state_dict(saved["agent"]), or one line if it does not fit."""
-    for name, part in parts.items():
-        try:
-            part.load_state_dict(saved[name])
-        except (KeyError, RuntimeError, ValueError):
-            fail(f"the saved {name} does not fit these flags; use the environment and sizes it was trained with")
+class Progress:
+    """The progress of one stage: a bar on a terminal, ten plain lines elsewhere."""
+
+    def __init__(self, stage: str, total: int, done: int = 0):
+        self.stage, self.total, self.first, self.done = stage, total, done, done
+        self.started, shown = time.perf_counter(), sys.stdout.isatty()
+        self.bar = tqdm(desc=stage, total=total, initial=done, unit_scale=True, file=sys.stdout, disable=not shown)
+
+    def update(self, done: int, text: str = "") -> None:
+        if self.bar.disable and done * 10 // self.total > self.done * 10 // self.total:
+            speed = (done - self.first) / (time.perf_counter() - self.started)
+            left = max(0, self.total - done) / speed
+            print(f"{self.stage} {done:,} of {self.total:,}  {text}  {speed:,.0f}/s  {left:.0f} s left", flush=True)
+        self.bar.set_postfix_str(text, refresh=False)
+        self.bar.update(done - self.done)
+        self.done = done
+
+    def close(self) -> None:
+        self.bar.close()
 
 
-class RunRecord:
-    """The run folder of one training, a context manager around its loop.
+class Run:
+    """The folder of one run, and a context manager around its training loop.
 
     config.json    every setting, versions, device
-    metrics.csv    a row per report; charts/episodic_* are means over the last 100 finished episodes
-    model.pt       state() and what resuming needs; at the first report, every 20 s, at the end, on Ctrl-C
-    curves.png     the metrics named in curves
-    summary.json   the result
+    metrics.csv    one row per report; charts/episodic_* are means over the last 100 training episodes
+    model.pt       the parts by name (anything with state_dict) and the record, whole or not at all:
+                   at the first report, every 20 s, at the end, on Ctrl-C
+    summary.json, curves.png    the result
     """
 
     def __init__(
-        self, args: Any, name: str, total: int, device: torch.device, state: Callable[[], dict[str, Any]],
-        curves: tuple[str, ...], saved: dict[str, Any] | None = None, threshold: float | None = None,
-    ):  # fmt: skip
-        self.args, self.name, self.total, self.state, self.curves = args, name, total, state, curves
-        self.threshold, self.columns = threshold, []
-        self.script = Path(__file__).stem
-        record = saved["record"] if saved else {"step": 0, "seconds": 0.0, "solved": None, "returns": [], "lengths": []}
-        self.step, self.seconds, self.solved = record["step"], record["seconds"], record["solved"]
-        self.returns, self.lengths = deque(record["returns"], 100), deque(record["lengths"], 100)
-        if args.track:
+        self, args: Args, name: str, total: int, threshold: float | None = None, episodes: bool = True, **parts: Any
+    ):
+        self.args, self.name, self.total, self.threshold, self.parts = args, name, total, threshold, parts
+        self.script, self.wandb = Path(__file__).stem, None
+        self.step, self.seconds, self.solved, self.rows = 0, 0.0, None, []
+        self.last100 = {"return": deque(maxlen=100), "length": deque(maxlen=100)} if episodes else {}
+        if path := args.eval or args.resume:
+            saved = load_checkpoint(path)
+            self.folder = Path(path) if Path(path).is_dir() else Path(path).parent
+            self.step, self.seconds, self.solved, self.rows = (saved[k] for k in ("step", "seconds", "solved", "rows"))
+            for kind, values in self.last100.items():
+                values.extend(saved["last100"][kind])
+            for part in parts:
+                try:
+                    parts[part].load_state_dict(saved["parts"][part])
+                except (KeyError, RuntimeError, ValueError):
+                    fail(f"the saved {part} does not fit these flags; use the environment and sizes of its training")
+
+    def __enter__(self) -> Run:
+        if self.args.track:
             try:
                 import wandb
             except ImportError:
                 fail("--track needs the package wandb: pip install wandb")
+        modules = [sys.modules[name] for name in ("torch", "numpy", "gymnasium", "transformers") if name in sys.modules]
+        config = {"script": self.script, "args": dataclasses.asdict(self.args), "python": platform.python_version()}
+        config |= {"device": str(pick_device(self.args.device))} | {m.__name__: m.__version__ for m in modules}
         try:
-            self.folder = checkpoint_path(args.resume).parent if saved else self._new_folder()
-            libraries = {"torch", "numpy", "gymnasium", "transformers", "trl"} & set(sys.modules)
-            versions = {name: sys.modules[name].__version__ for name in sorted(libraries)}
-            config = {"script": self.script, "args": dataclasses.asdict(args), "device": str(device),
-                      "python": platform.python_version(), "platform": platform.platform(), **versions}  # fmt: skip
-            (self.folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-            if saved:
-                self._drop_rows_after(self.step)
-            self.csv = (self.folder / "metrics.csv").open("a", newline="", encoding="utf-8")
+            if not self.args.resume:
+                stem = f"{self.name}__{self.script}__{self.args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+                self.folder = Path(self.args.run_dir, re.sub(r"[^\w.-]+", "-", stem))
+                while self.folder.exists():
+                    self.folder = self.folder.with_name(self.folder.name + "-2")
+                self.folder.mkdir(parents=True)
+            (self.folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+            self.csv = (self.folder / "metrics.csv").open("w", newline="", encoding="utf-8")
         except OSError as error:
             fail(f"cannot write the run folder: {error}")
-        self.video_folder = self.folder / "videos" if getattr(args, "capture_video", False) else None
-        self.wandb = None
-        if args.track:
+        if self.args.track:
             try:
-                self.wandb = wandb.init(project=args.wandb_project, entity=args.wandb_entity, name=self.folder.name,
-                                        config=dataclasses.asdict(args), dir=str(self.folder))  # fmt: skip
+                self.wandb = wandb.init(name=self.folder.name, dir=self.folder, config=config)
             except wandb.Error as error:
                 fail(f"Weights & Biases: {error} WANDB_MODE=offline needs no account. Nothing was trained")
-
-    def _new_folder(self) -> Path:
-        stem = f"{self.name.replace('/', '-')}__{self.script}__{self.args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-        for suffix in ("", *(f"-{n}" for n in range(2, 1000))):
-            with contextlib.suppress(FileExistsError):
-                folder = Path(self.args.run_dir) / (stem + suffix)
-                folder.mkdir(parents=True)
-                return folder
-        raise OSError(f"{stem} is taken")
-
-    def _drop_rows_after(self, step: int) -> None:
-        """Cuts metrics.csv back to the checkpoint that is resumed."""
-        rows = (self.folder / "metrics.csv").read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [row for row in rows[1:] if row.endswith("\n") and int(row.split(",")[0]) <= step]
-        (self.folder / "metrics.csv.tmp").write_text("".join(rows[:1] + kept), encoding="utf-8")
-        os.replace(self.folder / "metrics.csv.tmp", self.folder / "metrics.csv")
-
-    def __enter__(self) -> RunRecord:
-        self.started = self.reported = time.perf_counter()
-        self.started -= self.seconds
-        self.saved = -math.inf
-        self.bar = tqdm(total=self.total, initial=self.step, unit=" steps", unit_scale=True, file=sys.stdout,
-                        disable=not sys.stdout.isatty(), dynamic_ncols=True)  # fmt: skip
+        for row in self.rows:  # of the run that is resumed
+            self._write(row)
+        self.progress = Progress("training", self.total, self.step)
+        self.reported, self.saved = time.perf_counter(), -math.inf
+        self.started = self.reported - self.seconds
         return self
 
-    def episode(self, step: int, episodic_return: float, length: int) -> None:
-        """Notes a finished training episode, and the moment the threshold is first reached."""
-        self.returns.append(float(episodic_return))
-        self.lengths.append(int(length))
-        if self.threshold is None or self.solved or len(self.returns) < 100:
-            return
-        if sum(self.returns) / 100 >= self.threshold:
-            self.solved = [step, time.perf_counter() - self.started]
+    def episode(self, episodic_return: float, length: int) -> None:
+        """Notes a finished training episode."""
+        self.last100["return"].append(float(episodic_return))
+        self.last100["length"].append(int(length))
 
     def report(self, step: int, metrics: dict[str, float | None]) -> None:
-        """Writes one row of metrics; None stands for "nothing yet". Ends the run on a loss that is not finite."""
-        for key, value in metrics.items():
-            if key.startswith("losses/") and value is not None and not math.isfinite(value):
-                self._stop(f"{key} is {value} at step {step}")
+        """Adds a row of metrics, None for "nothing yet", the headline first. One that is not finite ends the run."""
         now = time.perf_counter()
-        self.seconds, sps = now - self.started, (step - self.step) / (now - self.reported)
-        row: dict[str, Any] = {"step": step, "seconds": round(self.seconds, 3), "charts/SPS": round(sps)}
-        if "charts/episodic_return" in self.curves:  # a script without episodes has no such columns
-            row["charts/episodic_return"] = sum(self.returns) / len(self.returns) if self.returns else None
-            row["charts/episodic_length"] = sum(self.lengths) / len(self.lengths) if self.lengths else None
-        row |= metrics
-        self.columns = self.columns or list(row)
-        assert list(row) == self.columns, "every report has the same metrics; None where there is nothing yet"
-        writer = csv.writer(self.csv, lineterminator="\n")
-        if self.csv.tell() == 0:
-            writer.writerow(self.columns)
-        writer.writerow(row.values())
-        self.csv.flush()
-        first = row.get(self.curves[0])  # the metric that matters most
-        shown = "" if first is None else f"{self.curves[0].split('_')[-1].split('/')[-1]} {first:.4g}"
-        self.bar.set_postfix_str(shown, refresh=False)
-        self.bar.update(step - self.step)
-        if self.bar.disable and step * 10 // self.total > self.step * 10 // self.total:
-            left = self.seconds / step * (self.total - step)
-            progress = f"step {step:,} of {self.total:,}"
-            print(f"{progress}  {shown}  {sps:,.0f} steps/s  {max(left, 0):.0f} s left", flush=True)
+        self.seconds, speed = now - self.started, (step - self.step) / (now - self.reported)
+        means = {f"charts/episodic_{kind}": sum(v) / len(v) if v else None for kind, v in self.last100.items()}
+        row = {"step": step, "seconds": round(self.seconds, 3), "charts/SPS": round(speed), **means, **metrics}
+        for key, value in row.items():
+            if value is not None and not math.isfinite(value):
+                self._stop(f"{key} is {value} at step {step}")
+        self.step, self.reported = step, now
+        self.rows.append(row)
+        self._write(row)
+        headline, value = next(iter((means or metrics).items()))
+        self.progress.update(step, "" if value is None else f"{headline.split('/')[-1]} {value:.4g}")
+        if self.threshold is not None and not self.solved and len(self.last100["return"]) == 100:
+            self.solved = [step, self.seconds] if value >= self.threshold else None
         if self.wandb:
             self.wandb.log({k: v for k, v in row.items() if v is not None}, step=step)
-        self.step, self.reported = step, now
         if now - self.saved > 20:
             self.save()
+
+    def _write(self, row: dict[str, float | None]) -> None:
+        writer = csv.DictWriter(self.csv, list(self.rows[0]), lineterminator="\n")
+        if self.csv.tell() == 0:
+            writer.writeheader()
+        writer.writerow(row)
+        self.csv.flush()
 
     def _stop(self, reason: str) -> NoReturn:
         file = self.folder / "model.pt"
         fail(f"{reason}; " + (f"the last good checkpoint is {file}" if file.exists() else "nothing was saved yet"), 1)
 
     def save(self) -> None:
-        """Writes model.pt whole or not at all, and never over a good one with weights that are not finite."""
-        state = self.state()
-        for name, part in (state | state.get("networks", {})).items():
-            for tensor in part.values() if isinstance(part, dict) else ():
-                if isinstance(tensor, torch.Tensor) and not tensor.isfinite().all():
-                    self._stop(f"the {name} is not finite at step {self.step}")
-        record = {"step": self.step, "seconds": self.seconds, "solved": self.solved,
-                  "returns": list(self.returns), "lengths": list(self.lengths)}  # fmt: skip
-        content = {"script": self.script, "args": dataclasses.asdict(self.args), "record": record, **state}
+        """Writes model.pt, unless a weight is not finite."""
+        states = {name: part.state_dict() for name, part in self.parts.items()}
+        for name, state in states.items():
+            if not all(v.isfinite().all() for v in state.values() if isinstance(v, torch.Tensor)):
+                self._stop(f"the {name} is not finite at step {self.step}")
+        content = {"script": self.script, "args": dataclasses.asdict(self.args), "parts": states, "rows": self.rows}
+        content |= {"step": self.step, "seconds": self.seconds, "solved": self.solved}
+        content |= {"last100": {kind: list(values) for kind, values in self.last100.items()}}
         torch.save(content, self.folder / "model.pt.tmp")
         os.replace(self.folder / "model.pt.tmp", self.folder / "model.pt")
         self.saved = time.perf_counter()
 
-    def finish(self, evaluate: Callable[[], np.ndarray] | None, **results: Any) -> None:
-        """Saves the model, evaluates it, and writes summary.json, curves.png and the last line."""
-        self.save()
-        self.bar.close()
-        self.draw()
-        summary: dict[str, Any] = {"script": self.script, "env": self.name, "seed": self.args.seed, "steps": self.step}
-        summary |= {"train_seconds": round(self.seconds, 3), "sps": round(self.step / max(self.seconds, 1e-9))}
-        headline = []
-        if evaluate is not None:
-            scores = evaluate()
-            summary |= {"eval_episodes": len(scores), "eval_return_mean": float(scores.mean()),
-                        "eval_return_std": float(scores.std())}  # fmt: skip
-            headline.append(f"{len(scores)} evaluation episodes: return {scores.mean():.1f} ± {scores.std():.1f}")
-        if self.threshold is not None:
-            solved_step, solved_seconds = self.solved or (None, None)
-            summary |= {"solved_step": solved_step, "solved_seconds": solved_seconds and round(solved_seconds, 3)}
-            headline.append(f"threshold {self.threshold:g} reached after {solved_seconds:.2f} s" if self.solved
-                            else f"threshold {self.threshold:g} not reached")  # fmt: skip
-        summary |= results
-        headline += [f"{key} {value:.4g}" for key, value in results.items() if isinstance(value, float)]
-        (self.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-        if self.wandb:
-            self.wandb.summary.update(summary)
-        print(" · ".join([*headline, f"{self.seconds:.1f} s of training", str(self.folder)]))
-
-    def draw(self) -> None:
-        """curves.png: the metrics named in curves, against steps."""
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-
-        with open(self.folder / "metrics.csv", newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-        columns = min(3, len(self.curves))
-        height = math.ceil(len(self.curves) / columns)
-        size = (4.2 * columns, 2.9 * height)
-        figure, axes = plt.subplots(height, columns, figsize=size, squeeze=False, layout="constrained")
-        for axis, key in zip(axes.flat, self.curves, strict=False):
-            points = [(int(row["step"]), float(row[key])) for row in rows if row.get(key)]
-            if points:
-                axis.plot(*zip(*points, strict=True), color="#2a6f97", linewidth=1.6)
-            if key == "charts/episodic_return" and self.threshold is not None:
-                axis.axhline(self.threshold, color="#c1121f", linewidth=1, linestyle="--", label="solved")
-                axis.legend(frameon=False, loc="lower right")
-            axis.set_title(key.split("/")[-1].replace("_", " "), fontsize=11)
-            axis.grid(alpha=0.25)
-            axis.spines[["top", "right"]].set_visible(False)
-            axis.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
-        for axis in axes.flat[len(self.curves) :]:
-            axis.set_visible(False)
-        figure.supxlabel("steps", fontsize=11)
-        figure.suptitle(f"{self.name} · {self.script} · seed {self.args.seed}", fontsize=12)
-        figure.savefig(self.folder / "curves.png", dpi=120)
-        plt.close(figure)
-
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        self.bar.close()
-        if kind is KeyboardInterrupt:
-            self.save()
+        self.progress.close()
         self.csv.close()
-        if self.wandb:
-            self.wandb.finish(exit_code=0 if kind is None else 1)
+        if kind in (None, KeyboardInterrupt):
+            self.save()
+        if kind and self.wandb:
+            self.wandb.finish(exit_code=1)
         if kind is KeyboardInterrupt:
             fail(f"interrupted at step {self.step}; go on with --resume {self.folder}", 130)
+
+    def finish(self, returns: np.ndarray | None = None, **results: Any) -> Path:
+        """Prints the result; after training it writes summary.json and curves.png too. Returns the folder."""
+        line = [f"{key.replace('_', ' ')} {value:.4g}" for key, value in results.items() if isinstance(value, float)]
+        if returns is not None:
+            mean, std = float(returns.mean()), float(returns.std())
+            line.insert(0, f"{len(returns)} evaluation episodes: return {mean:.1f} ± {std:.1f}")
+            results |= {"eval_episodes": len(returns), "eval_return_mean": mean, "eval_return_std": std}
+        if self.threshold is not None:
+            step, seconds = self.solved or (None, None)
+            line.append(f"threshold {self.threshold:g} " + (f"after {seconds:.2f} s" if self.solved else "not reached"))
+            results |= {"solved_step": step, "solved_seconds": seconds}
+        print(*line, f"{self.seconds:.1f} s of training", self.folder, sep=" · ")
+        if self.args.eval:
+            return self.folder
+        summary = {"script": self.script, "env": self.name, "seed": self.args.seed, "steps": self.step}
+        summary |= {"train_seconds": self.seconds, "sps": round(self.step / max(self.seconds, 1e-9))} | results
+        (self.folder / "summary.json").write_text(json.dumps(summary, indent=2), encoding="utf-8")
+        self._draw()
+        if self.wandb:
+            self.wandb.summary.update(summary)
+            self.wandb.finish()
+        return self.folder
+
+    def _draw(self) -> None:
+        from matplotlib.figure import Figure
+
+        keys = [key for key in self.rows[0] if key != "step" and any(row[key] is not None for row in self.rows)]
+        figure = Figure(figsize=(16, 3 * math.ceil(len(keys) / 4)), layout="constrained")
+        for place, key in enumerate(keys, start=1):
+            axis = figure.add_subplot(math.ceil(len(keys) / 4), 4, place, title=key)
+            axis.plot([row["step"] for row in self.rows], np.array([row[key] for row in self.rows], float))
+            if key == "charts/episodic_return" and self.threshold is not None:
+                axis.axhline(self.threshold, color="tab:red", linestyle="--")
+            axis.locator_params(nbins=5)
+            axis.grid(alpha=0.3)
+        figure.suptitle(f"{self.name} · {self.script} · seed {self.args.seed}")
+        figure.savefig(self.folder / "curves.png")
 
 
 # 8. Command line --------------------------------------------------------------------------------
@@ -690,5 +601,7 @@ class RunRecord:
 if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to stop
-    settings = parse_args(Args, PRESETS)
-    evaluate_saved(settings) if settings.eval else train(settings)
+    try:
+        train(parse_args())
+    except KeyboardInterrupt:
+        fail("interrupted", 130)

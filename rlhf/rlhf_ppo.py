@@ -1,81 +1,63 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = [
-#   "torch>=2.4", "transformers>=5.0", "datasets>=3.0", "accelerate>=1.0", "vaderSentiment>=3.3", "numpy>=1.26",
-#   "tyro>=0.9", "tqdm>=4.60", "matplotlib>=3.8", "wandb>=0.17",
-# ]
+# dependencies = ["torch>=2.4", "transformers>=5.0", "datasets>=3.0", "accelerate>=1.0", "peft>=0.17", "numpy>=1.26",
+#                 "tyro>=0.9", "tqdm>=4.60", "matplotlib>=3.8", "wandb>=0.17"]
 # ///
-"""RLHF: supervised fine-tuning, a reward model of human ratings, PPO with a KL penalty.
+"""RLHF: supervised fine-tuning, a reward model of preferences, PPO with a KL penalty.
 
-A language model first learns to write like the data (SFT). People's ratings of texts train a second
-model to say which of two texts they would prefer (reward model). Then the language model writes, the
-reward model scores each text, and PPO makes well-scored texts likelier, while a penalty on every token
-keeps the policy near the SFT model: far from it the reward model no longer knows what people like.
+A language model first learns to write like the preferred texts (SFT). From pairs of which people preferred one, a
+second model learns to give every text a score (reward model). Then the language model writes, the reward model scores
+each text, and PPO makes well-scored texts likelier, while a penalty on every token keeps the policy near the SFT
+model: far from it the reward model no longer knows what people like.
 
-    maximise  E[ r(x, y) ] - beta * KL( pi || pi_sft ),    whose exact solution is  pi* ~ pi_sft * exp(r / beta)
+    reward model   minimise  -log sigmoid( r(x, y_chosen) - r(x, y_rejected) )
+    policy         maximise  E[ r(x, y) ] - beta * KL( pi || pi_sft ),   solved exactly by  pi_sft * exp(r / beta)
 
 Papers   Ziegler et al. 2019, Fine-Tuning Language Models from Human Preferences, arXiv 1909.08593
          Stiennon et al. 2020, Learning to Summarize from Human Feedback, arXiv 2009.01325
          Ouyang et al. 2022, Training Language Models to Follow Instructions, arXiv 2203.02155
          Schulman et al. 2017, Proximal Policy Optimization, arXiv 1707.06347
-         Wang et al. 2024, Transforming and Combining Rewards, arXiv 2402.00742 (the log-sigmoid)
-         Bojanowski et al. 2017, Enriching Word Vectors with Subword Information, arXiv 1607.04606
          Gao et al. 2022, Scaling Laws for Reward Model Overoptimization, arXiv 2210.10760
 
 Run      python rlhf/rlhf_ppo.py
-         python rlhf/rlhf_ppo.py --reward-shaping none                        (no ceiling: compare score and judge)
-         python rlhf/rlhf_ppo.py --reward-model my_reward.py:score             (score(texts) -> one number a text)
-         python rlhf/rlhf_ppo.py --model gpt2 --dataset stanfordnlp/imdb --label-column label \\
-             --reward-split "train[:25%]+train[50%:75%]" --judge-split "train[25%:50%]+train[75%:]" \\
-             --eval-split test --reward-model lvwerra/distilbert-imdb --learning-rate 1e-5 --sft-learning-rate 2e-5
+         python rlhf/rlhf_ppo.py --reward-split "train[:1000]" --kl-coef 0.01         (over-optimisation: watch gold)
+         python rlhf/rlhf_ppo.py --reward-model rlhf/data/gold/gold.py:score --gold None
+         python rlhf/rlhf_ppo.py --sft-model runs/<folder>/sft --reward-model runs/<folder>/reward_model --kl-coef 0.2
+         python rlhf/rlhf_ppo.py --model gpt2 --dataset stanfordnlp/imdb --train-split "train[:5000]" \\
+             --eval-split "test[:500]" --reward-model lvwerra/distilbert-imdb --gold None --learning-rate 1e-5
          accelerate launch --num-processes 2 rlhf/rlhf_ppo.py
          python rlhf/rlhf_ppo.py --eval runs/<folder>
 
-Expect   fresh seeds 101 to 105 (python benchmarks/run.py rlhf --seeds 5), each on one core: 178 s from Enter to
-         the prompt on a quiet machine (one seed), up to 228 beside other work; 1.07 GB. On 384 held-out
-         prompts, median before and after PPO (and the worst seed): judge's P(positive) .52 and .84 (.81), VADER
-         .18 and .52 (.47), sequence KL 4.5 (5.4) nats, distinct-2 .93 and .83 (.82), length 12.1 and 11.4 tokens
-         (at most 11 % shorter or longer), reference perplexity 53 and 40. Reward model on held-out human pairs:
-         .82 right where the mean ratings are a grade or more apart, but .75 over all pairs; calibration error
-         .017. A GPU and the other reward models are not measured yet.
+Expect   EXPECT
 
-Folder   besides the usual: sft/, reward_model/ and policy/, which from_pretrained loads, and samples.md.
-         summary.json has reward_accuracy (on held-out texts rated at least a grade apart),
-         reward_accuracy_all and reward_calibration, and before and after, each with score, judge, vader, kl,
-         kl_interval, length, distinct_2, ref_perplexity and ended. Steps are texts: those of SFT, then those
-         of rated pairs, then episodes.
+Folder   besides the usual: sft/, reward_model/ and policy/, which from_pretrained loads, and samples.md. Steps are
+         texts that the policy wrote. summary.json has reward_accuracy (held-out pairs whose preferred text gets the
+         higher score), reward_accuracy_gold (the same, with gold's own order), gold_gain (what gold says of the policy
+         less what it says of the SFT model, in deviations of the latter's texts), and before and after, each with
+         reward, gold, kl, kl_interval, length, distinct_2 and ended.
 
 Deviations from the papers
- 1. The reward model is linear in hashed words, word pairs and pieces of words (--reward-model bag), trained
-    like any other by Bradley-Terry; some thousand rated sentences are enough for it. The papers' way, a
-    scalar head on the SFT model, is --reward-model lm --reward-learning-rate 1e-4 --reward-epochs 3.
- 2. A pair's target is the share of rater pairs that prefer its first text, not one rater's verdict.
- 3. The reward is log sigmoid(score): a text clearly better than the reference's typical one is good
-    enough, which removes the incentive to repeat the best phrase (--reward-shaping none for the papers').
- 4. A bonus per token, adapted after every iteration, keeps texts as long as the SFT model's, for the raters
-    have no preference for a length (--no-keep-length).
- 5. Policy and value function share the network, with a value head that starts at zero
-    (--separate-value for two networks).
- 6. The score stands on the last token, which is the end-of-sequence token where there is one, and that
-    token is trained too, also when the tokenizer pads with it. TRL puts the score on the pad after it.
- 7. One function computes the old, the reference's and the new log-probabilities, at the sampling
-    temperature and without dropout, so the first ratio is 1 and the first KL 0.
+ 1. Gold plays the people: a frozen scorer of texts, fitted to human ratings, whose noisy verdicts are the preferences
+    (Gao 2022). So the language model need only read what it writes, and what people would say can be measured.
+ 2. Scores are shifted and scaled to mean 0 and deviation 1 on the SFT model's texts, so one beta suits any reward.
+ 3. Policy and value function share the network, with a value head that starts at zero; the papers have two.
+ 4. The score stands on the last token, the end-of-sequence token where there is one, which is trained too, also
+    when the tokenizer pads with it. A text that does not end costs --missing-eos-penalty.
+ 5. One function computes the old, the reference's and the new log-probabilities, at the sampling temperature and
+    without dropout, so the first ratio is 1 and the first KL 0.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
-import copy
 import csv
 import dataclasses
 import importlib.util
-import io
 import json
 import math
 import os
 import platform
-import random
 import re
 import shutil
 import sys
@@ -83,10 +65,8 @@ import tempfile
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache, partial
-from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -100,223 +80,192 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
-
-# 1. Settings ------------------------------------------------------------------------------------
 
 DATA = Path(__file__).resolve().parent / "data"
+
+# 1. Settings ------------------------------------------------------------------------------------
 
 
 @dataclass
 class Args:
-    model: str = str(DATA / "tiny_lm")
-    """causal language model to start from: a hub name or a folder"""
-    dataset: str = str(DATA / "human_ratings")
-    """rated texts: a hub name or a folder"""
-    seed: int = 1
-    """seed of every random number: batches, prompts, sampled tokens; >= 0"""
-    total_episodes: int = 5_120
-    """texts the policy writes during PPO; 0 stops after the reward model"""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """where everything runs; auto is the GPU where there is one"""
-    track: bool = False
-    """send the metrics to Weights & Biases too (WANDB_MODE=offline keeps them on this machine)"""
-    wandb_project: str = "plainrl"
-    """the project's name on Weights & Biases"""
-    wandb_entity: str | None = None
-    """the user or team on Weights & Biases; None is your default one"""
-    run_dir: str = "runs"
-    """folder in which the run's own folder is made"""
-    eval: str | None = None
-    """evaluate this saved run (a run folder or its model.pt) and exit"""
-    resume: str | None = None
-    """go on with this interrupted run (a run folder or its model.pt)"""
-    eval_episodes: int = 384
-    """held-out prompts continued before and after training; >= 2 (distinct-2 is taken over groups of 128)"""
+    model: str = str(DATA / "tiny_lm")  # causal language model to start from: a hub name or a folder
+    dataset: str = str(DATA / "preferences")  # prompt, chosen, rejected: a hub name, a folder, a .jsonl or .csv file
+    seed: int = 1  # seed of every random number: batches, prompts, sampled tokens
+    total_episodes: int = 5_120  # texts that the policy writes during PPO
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where everything runs; auto is a GPU if there is one
+    track: bool = False  # send the metrics to Weights & Biases too (WANDB_PROJECT, _ENTITY and _MODE say where)
+    run_dir: str = "runs"  # folder in which the run's own folder is made
+    eval: str | None = None  # evaluate this saved run and exit
+    resume: str | None = None  # go on with this interrupted run
+    eval_episodes: int = 384  # held-out prompts continued before and after
 
-    text_column: str = "text"
-    """column of the texts, or of the completions where there is a prompt column"""
-    prompt_column: str | None = None
-    """column of the prompts; None takes the first words of each text"""
-    label_column: str = "rating"
-    """column of the ratings or classes, higher is better"""
-    votes_column: str | None = "ratings"
-    """column with the list of single ratings of a text; where there is none the label is the only vote"""
-    positive_above: float = 0.0
-    """texts with a label above this are the judge's positive class"""
-    reward_split: str = "reward"
-    """split for SFT, reward model and PPO's prompts; slices such as train[:50%] work"""
-    judge_split: str | None = "judge"
-    """split that trains the independent judge; None for no judge"""
-    eval_split: str = "heldout"
-    """split for the held-out prompts and the reward model's test"""
-    prompt_words: int = 2
-    """length of a prompt in words where there is no prompt column; >= 1"""
-    max_length: int = 64
-    """longest text and longest prompt in tokens"""
-    bf16: bool = False
-    """compute in bfloat16 (weights stay float32); for GPUs"""
-    gradient_accumulation: int = 1
-    """parts into which a minibatch is cut to save memory; the result stays the same"""
-    max_grad_norm: float = 1.0
-    """the gradient's norm is scaled down to at most this, in every stage; > 0"""
+    train_split: str = "train"  # split for SFT and for PPO's prompts; slices such as train[:50%] work
+    reward_split: str = "train"  # split for the reward model
+    eval_split: str = "test"  # split to measure on
+    prompt_words: int = 2  # how many words of a text are the prompt, where the dataset has a column text and no prompt
+    max_prompt_length: int = 64  # longest prompt in tokens; rows with longer ones are left out
+    max_completion_length: int = 24  # longest completion in tokens: sampled ones are cut, longer rows left out
+    gold: str | None = str(DATA / "gold" / "gold.py:score")  # a second reward, for measuring only; path.py:function
 
-    sft_epochs: int = 1
-    """passes of supervised fine-tuning over the texts; 0 skips the stage"""
-    sft_batch_size: int = 32
-    """texts per SFT step, over all processes"""
-    sft_learning_rate: float = 3e-4
-    """Adam's step size, lowered linearly to zero"""
+    sft_model: str | None = None  # skips SFT: this model (hub name or folder) is the reference
+    sft_epochs: int = 1  # passes over the chosen texts
+    sft_batch_size: int = 64  # texts per step
+    sft_learning_rate: float = 1e-4  # Adam's step size, lowered linearly to zero
+    reward_model: str | None = None  # skips reward training: a sequence classifier (hub, folder) or path.py:function
+    reward_label: int = -1  # which logit of a sequence classifier is the reward
+    reward_epochs: int = 1  # passes over the pairs; more than one overfits easily
+    reward_batch_size: int = 64  # pairs per step
+    reward_learning_rate: float = 5e-4  # Adam's step size, lowered linearly to zero
 
-    reward_model: str = "bag"
-    """bag (n-grams), lm (a head on the SFT model), a sequence classifier (hub or folder), or path.py:function"""
-    reward_epochs: int = 20
-    """passes over the rated texts; each pairs them anew"""
-    reward_batch_size: int = 128
-    """texts per step, half as many pairs, over all processes"""
-    reward_learning_rate: float = 1e-2
-    """Adam's step size, lowered linearly to zero; 1e-4 suits --reward-model lm"""
-    reward_label: int = -1
-    """which logit of a sequence classifier is the reward"""
-    normalize_reward: bool = True
-    """shift and scale scores to mean 0 and standard deviation 1 on the SFT model's samples"""
-    reward_shaping: Literal["none", "logsigmoid"] = "logsigmoid"
-    """what becomes of the score: itself, or log sigmoid of it, which levels off at 0"""
-    keep_length: bool = True
-    """pay a small bonus per token (a price, if negative), adapted to keep texts as long as the SFT model's"""
-    missing_eos_penalty: float = 1.0
-    """taken off the reward of a text that did not end; >= 0"""
+    batch_size: int = 64  # texts per iteration of PPO
+    num_minibatches: int = 2  # minibatches per epoch
+    update_epochs: int = 2  # passes over each iteration's texts
+    temperature: float = 1.0  # divides the logits, in sampling and in scoring alike
+    learning_rate: float = 3e-4  # Adam's step size at the start; 1e-5 suits pretrained models of 100M and more
+    anneal_lr: bool = True  # lower the learning rate linearly to zero
+    kl_coef: float = 0.1  # price of a nat of KL from the SFT model (beta)
+    missing_eos_penalty: float = 1.0  # taken off the reward of a text that did not end
+    gamma: float = 1.0  # discount factor per token, in [0, 1]
+    gae_lambda: float = 0.95  # in [0, 1]: 0 trusts the value head (bias), 1 the sampled return (variance)
+    clip_coef: float = 0.2  # how far the ratio may move from 1 before it stops paying
+    vf_coef: float = 0.1  # weight of the value loss
+    max_grad_norm: float = 1.0  # the gradient's norm is scaled down to at most this, in every stage
+    eval_every: int = 10  # iterations between measurements on 128 of the held-out prompts
 
-    batch_size: int = 64
-    """texts per iteration, over all processes"""
-    response_length: int = 24
-    """tokens a response may have"""
-    temperature: float = 1.0
-    """sampling temperature; > 0"""
-    num_minibatches: int = 2
-    """minibatches per epoch"""
-    update_epochs: int = 2
-    """passes over each iteration's texts"""
-    learning_rate: float = 3e-4
-    """Adam's step size at the start; 1e-5 suits pretrained models of 100M parameters and more"""
-    anneal_lr: bool = True
-    """lower the learning rate linearly to zero over total-episodes"""
-    gamma: float = 1.0
-    """discount factor per token, in [0, 1]"""
-    gae_lambda: float = 0.95
-    """GAE's lambda, in [0, 1]"""
-    clip_coef: float = 0.2
-    """how far the ratio may move from 1 before it stops paying; > 0"""
-    clip_vloss: bool = True
-    """clip the value update as well, to clip-coef around the old value"""
-    vf_coef: float = 0.1
-    """weight of the value loss; >= 0"""
-    target_kl: float | None = None
-    """end an update early once the policy has moved this many nats a token; None never does"""
-    kl_coef: float = 0.05
-    """price of a nat of KL from the SFT model (beta); >= 0"""
-    kl_estimator: Literal["k1", "k3"] = "k1"
-    """KL in the reward: k1 (unbiased, the objective's own gradient) or k3 (never negative, biased as a reward)"""
-    kl_target: float | None = None
-    """nats per text to which beta adapts (Ziegler 2019, Section 2.2); None keeps beta fixed"""
-    kl_horizon: int = 1_000
-    """episodes over which beta adapts; smaller is quicker"""
-    separate_value: bool = False
-    """give the value function a network of its own, a copy of the policy's"""
-    eval_every: int = 10
-    """iterations between evaluations on 128 of the held-out prompts"""
+    gradient_accumulation: int = 1  # parts of a minibatch that go through the model one by one; the result is the same
+    gradient_checkpointing: bool = False  # compute activations twice, and store few
+    lora_rank: int = 0  # train low-rank adapters (peft) of this rank instead of all weights; 0 trains all
+    bf16: bool = False  # compute in bfloat16; weights stay float32
+    threads: int = 1  # processor threads; small models gain nothing from more
+
+    def __post_init__(self):
+        check(self, "> 0", "total_episodes", "eval_episodes", "eval_every", "prompt_words", "max_prompt_length")
+        check(self, "> 0", "max_completion_length", "sft_batch_size", "reward_batch_size", "batch_size", "temperature")
+        check(self, "> 0", "num_minibatches", "update_epochs", "clip_coef", "max_grad_norm", "gradient_accumulation")
+        check(self, "> 0", "sft_learning_rate", "reward_epochs", "reward_learning_rate", "learning_rate", "threads")
+        check(self, ">= 0", "sft_epochs", "kl_coef", "missing_eos_penalty", "vf_coef", "lora_rank")
+        check(self, "in [0, 1]", "gamma", "gae_lambda")
+        if self.batch_size % self.num_minibatches:
+            fail(f"--batch-size {self.batch_size} must be a multiple of --num-minibatches {self.num_minibatches}")
 
 
 PRESETS: dict[str, dict[str, Any]] = {}
 
-
-def validate(args: Args) -> None:
-    """Ends the program with one line if a setting makes no sense."""
-    for name in ("prompt_words", "max_length", "gradient_accumulation", "max_grad_norm", "sft_batch_size",
-                 "sft_learning_rate", "reward_learning_rate", "batch_size", "response_length", "temperature",
-                 "num_minibatches", "update_epochs", "learning_rate", "clip_coef", "kl_horizon",
-                 "eval_every"):  # fmt: skip
-        if not getattr(args, name) > 0:
-            fail(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
-    for name in ("seed", "total_episodes", "sft_epochs", "reward_epochs", "missing_eos_penalty", "vf_coef", "kl_coef"):
-        if not getattr(args, name) >= 0:
-            fail(f"--{name.replace('_', '-')} must not be negative, but is {getattr(args, name)}")
-    for name in ("gamma", "gae_lambda"):
-        if not 0 <= getattr(args, name) <= 1:
-            fail(f"--{name.replace('_', '-')} must lie in [0, 1], not {getattr(args, name)}")
-    if args.eval_episodes < 2 or args.reward_batch_size < 2:
-        fail("--eval-episodes and --reward-batch-size must be at least 2")
-    if args.reward_batch_size % 2:
-        fail(f"--reward-batch-size {args.reward_batch_size} must be even: its texts are compared in pairs")
-    for name in ("kl_target", "target_kl"):
-        value = getattr(args, name)
-        if value is not None and not value > 0:
-            fail(f"--{name.replace('_', '-')} must be positive, not {value}")
-    if args.batch_size % args.num_minibatches:
-        fail(f"--batch-size {args.batch_size} must be a multiple of --num-minibatches {args.num_minibatches}")
-
-
 # 2. Data ----------------------------------------------------------------------------------------
+# A row has a prompt, its token ids, and completions (chosen and rejected, or one); other columns reach the rewards.
 
 
 def load_split(name: str, split: str) -> datasets.Dataset:
-    """One split of a dataset from the hub or from a folder."""
+    """One split of a dataset: a hub name, a folder, or a .csv, .json(l) or .parquet file, whose split is train."""
     datasets.disable_progress_bars()
+    kinds = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
     cache = None
-    if Path(name).is_dir():  # the library's cache knows a folder by its last name, and confuses two of one name
-        files = [f"{path.resolve()} {path.stat().st_mtime_ns}" for path in sorted(Path(name).rglob("*"))]
+    if Path(name).exists():  # the library's cache knows a folder by its last name, and confuses two of one name
+        files = [f"{path.resolve()} {path.stat().st_mtime_ns}" for path in (Path(name), *sorted(Path(name).rglob("*")))]
         cache = str(Path(datasets.config.HF_DATASETS_CACHE) / f"{zlib.crc32(repr(files).encode()):08x}")
     try:
+        if Path(name).is_file():
+            return datasets.load_dataset(kinds[Path(name).suffix], data_files=name, split=split, cache_dir=cache)
         return datasets.load_dataset(name, split=split, cache_dir=cache)
     except Exception as error:  # the loader has no common class of errors
         fail(f"cannot load the split {split!r} of the dataset {name}: {error}")
 
 
-def column(data: datasets.Dataset, name: str, kind: type = object) -> list[Any]:
-    """The rows of a column; of kind str, or numbers.Real, where only that will do."""
-    if name not in data.column_names:
-        fail(f"the dataset has no column {name!r}; it has {', '.join(data.column_names)}")
-    values = list(data[name])
-    if not all(isinstance(value, kind) for value in values):
-        fail(f"the column {name!r} of the dataset has rows that are no {'text' if kind is str else 'number'}")
-    return values
+def as_texts(tokenizer: Any, prompt: Any, completions: list[Any]) -> tuple[str, list[str]]:
+    """Prompt and completions as texts, without the prompt where a completion repeats it.
 
-
-def encode(tokenizer: Any, prompt: str, text: str, max_length: int) -> tuple[list[int], int]:
-    """Token ids of prompt + text with one end-of-sequence token, and how many of them are the prompt's.
-
-    A text longer than max_length loses its end and gets no end-of-sequence token: it does not end there.
+    Lists of messages are written out by the chat template; the last message of a completion is the assistant's.
     """
-    ids = tokenizer(prompt + text)["input_ids"]
-    while ids and ids[-1] == tokenizer.eos_token_id:
-        ids = ids[:-1]
-    return (ids + [tokenizer.eos_token_id])[:max_length], len(tokenizer(prompt)["input_ids"]) if prompt else 0
+    if any(isinstance(part, list) for part in (prompt, *completions)):
+        talks = [(prompt if isinstance(prompt, list) else []) + completion for completion in completions]
+        for talk in talks:
+            if talk[-1]["role"] != "assistant":
+                raise ValueError(f"the last message is by {talk[-1]['role']!r}, not by the assistant")
+        common = os.path.commonprefix([talk[:-1] for talk in talks]) if talks else prompt
+        prompt = tokenizer.apply_chat_template(common, tokenize=False, add_generation_prompt=True)
+        completions = [tokenizer.apply_chat_template(talk, tokenize=False) for talk in talks]
+        if tokenizer("")["input_ids"] and tokenizer.bos_token:  # the tokenizer writes the first token itself
+            prompt, *completions = (text.removeprefix(tokenizer.bos_token) for text in (prompt, *completions))
+        prompt = os.path.commonprefix([prompt, *completions])
+    if not all(isinstance(text, str) for text in (prompt, *completions)):
+        raise ValueError("a text is missing")
+    if prompt and all(text.startswith(prompt) for text in completions):
+        completions = [text[len(prompt) :] for text in completions]
+    return prompt, completions
 
 
-def known(tokenizer: Any, rows: list[list[int]], what: str) -> list[int]:
-    """Numbers of the rows without an unknown token; says how many there are."""
-    unknown = {tokenizer.unk_token_id} - {tokenizer.eos_token_id}  # GPT-2 has one token for both
-    kept = [n for n, ids in enumerate(rows) if not unknown & set(ids)]
-    if not kept:
-        fail(f"none of the {len(rows)} {what} is made of words that the tokenizer knows")
-    if len(kept) < len(rows):
-        print(f"{len(kept):,} of {len(rows):,} {what} are made of words that the tokenizer knows; the rest is left out")
-    return kept
+def encode(tokenizer: Any, prompt: str, completion: str) -> tuple[list[int], int]:
+    """Token ids of prompt + completion and one end-of-sequence token; how many of them are the prompt's.
+
+    Both are read as one text, as the model reads them, for a token may span the border: the prompt ends where the
+    ids part from those of the prompt alone. Where nothing comes before the completion, a first token is put there.
+    """
+    eos_id, rows = tokenizer.eos_token_id, tokenizer([prompt, prompt + completion])["input_ids"]
+    for row in rows:
+        while row and row[-1] == eos_id:
+            row.pop()
+    start = len(os.path.commonprefix(rows))
+    if start == 0:
+        first = eos_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        return [first, *rows[1], eos_id], 1
+    return [*rows[1], eos_id], start
 
 
-def make_prompts(args: Any, tokenizer: Any, data: datasets.Dataset) -> list[list[int]]:
-    """Token ids of the prompts: their own column, or the first words of each text that has more."""
-    if args.prompt_column:
-        prompts = column(data, args.prompt_column, str)
-    else:
-        words = [text.split() for text in column(data, args.text_column, str)]
-        prompts = [" ".join(text[: args.prompt_words]) for text in words if len(text) > args.prompt_words]
-    ids = [encode(tokenizer, "", prompt, 10**9)[0][:-1] for prompt in prompts]
+def load_rows(args: Args, tokenizer: Any, split: str, needed: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+    """The rows of a split that can be used; those that cannot are counted and said.
+
+    A row has prompt (a text), ids (the prompt's tokens) and columns as in the dataset; those of the columns chosen,
+    rejected and completion that are there are texts, and <column>_ids is (ids, start) as encode() gives them.
+    """
+    data = load_split(args.dataset, split)
+    whole = "prompt" not in data.column_names and "text" in data.column_names
+    columns = ["prompt", "completion"] if whole else data.column_names
+    names = [name for name in ("chosen", "rejected", "completion") if name in columns]
+    if missing := [name for name in needed or (() if names else ("prompt",)) if name not in columns]:
+        fail(f"the dataset {args.dataset} has no column {missing[0]!r}; it has {', '.join(data.column_names)}")
+    rows, left_out = [], {}
+    for row in data:
+        try:
+            row = row | split_text(row["text"], args.prompt_words) if whole else row
+            prompt, texts = as_texts(tokenizer, row.get("prompt") or "", [row[name] for name in names])
+            ids = tokenizer(prompt)["input_ids"]
+            while ids and ids[-1] == tokenizer.eos_token_id:
+                ids.pop()
+            encoded = {f"{name}_ids": encode(tokenizer, prompt, text) for name, text in zip(names, texts, strict=True)}
+            reason = unusable(args, ids, texts, list(encoded.values()), tokenizer)
+        except Exception as error:  # chat templates are programs of their own
+            reason = f"cannot be read ({error})"
+        if reason:
+            left_out[reason] = left_out.get(reason, 0) + 1
+            continue
+        rows.append(row | dict(zip(names, texts, strict=True)) | encoded | {"prompt": prompt, "ids": ids})
+    for reason, count in left_out.items():
+        print(f"{count:,} of {len(data):,} rows of {split!r} are left out: {reason}")
+    return rows or fail(f"no row of the split {split!r} of {args.dataset} can be used: {', '.join(left_out)}")
+
+
+def split_text(text: str, prompt_words: int) -> dict[str, str]:
+    """The first words of a text as a prompt, and the rest as its completion."""
+    words = re.findall(r"\s*\S+", text)
+    return {"prompt": "".join(words[:prompt_words]).strip(), "completion": "".join(words[prompt_words:])}
+
+
+def unusable(args: Args, ids: list[int], texts: list[str], encoded: list[tuple], tokenizer: Any) -> str:
+    """Why a row cannot be used; nothing if it can."""
     if not ids:
-        fail(f"no text has more than the {args.prompt_words} words of --prompt-words: there is nothing to continue")
-    if not all(ids):
-        fail(f"{sum(not x for x in ids)} of {len(ids)} prompts are empty; a model can only continue a beginning")
-    return [ids[n][-args.max_length :] for n in known(tokenizer, ids, "prompts")]
+        return "empty prompt"
+    if len(ids) > args.max_prompt_length:
+        return "prompt longer than --max-prompt-length"
+    if not all(text.strip() for text in texts):
+        return "empty completion"
+    if any(len(row) - start > args.max_completion_length for row, start in encoded):
+        return "completion longer than --max-completion-length"
+    unknown = None if tokenizer.unk_token_id == tokenizer.eos_token_id else tokenizer.unk_token_id
+    if any(unknown in row for row in (ids, *(row for row, _ in encoded))):
+        return "a word that the model does not know"
+    if len(texts) == 2 and texts[0] == texts[1]:
+        return "chosen and rejected are the same"
+    return ""
 
 
 def pad(rows: list[list[int]], pad_id: int, side: Literal["left", "right"]) -> tuple[Tensor, Tensor]:
@@ -326,29 +275,6 @@ def pad(rows: list[list[int]], pad_id: int, side: Literal["left", "right"]) -> t
     ids = [f + row if side == "left" else row + f for f, row in zip(fill, rows, strict=True)]
     real = [[0] * len(f) + [1] * len(row) for f, row in zip(fill, rows, strict=True)]
     return torch.tensor(ids), torch.tensor(real if side == "left" else [row[::-1] for row in real])
-
-
-def heads_and_texts(args: Any, data: datasets.Dataset) -> tuple[list[str], list[str]]:
-    """The prompts ("" where there is no prompt column) and the texts that follow them."""
-    texts = column(data, args.text_column, str)
-    return column(data, args.prompt_column, str) if args.prompt_column else [""] * len(texts), texts
-
-
-def decode(tokenizer: Any, ids: Any, mask: Tensor | None = None) -> list[str]:
-    """Texts of token ids without special tokens; with a mask, of its tokens only."""
-    if mask is not None:
-        ids = [row[real].tolist() for row, real in zip(ids.cpu(), mask.cpu().bool(), strict=True)]
-    return tokenizer.batch_decode(ids, skip_special_tokens=True)
-
-
-def vote_shares(args: Any, data: datasets.Dataset) -> np.ndarray:
-    """The share of a text's votes that each grade got, [texts, grades], grades in rising order."""
-    single = args.votes_column not in data.column_names
-    votes = [[label] for label in column(data, args.label_column, Real)] if single else column(data, args.votes_column)
-    grades, index = np.unique([grade for row in votes for grade in row], return_inverse=True)
-    shares = np.zeros((len(votes), len(grades)), np.float32)
-    np.add.at(shares, (np.repeat(np.arange(len(votes)), [len(row) for row in votes]), index), 1)
-    return shares / shares.sum(1, keepdims=True)
 
 
 # 3. Model ---------------------------------------------------------------------------------------
@@ -367,7 +293,36 @@ def load_lm(name: str) -> tuple[Any, nn.Module]:
         fail(f"the tokenizer of {name} has no end-of-sequence token")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # any token will do, for masks and not ids mark padding
+    if (top := max(tokenizer.get_vocab().values())) >= (size := lm.get_input_embeddings().num_embeddings):
+        fail(
+            f"the tokenizer of {name} has a token {top} and the model only {size}: lm.resize_token_embeddings, save it"
+        )
     return tokenizer, lm
+
+
+def trainable(args: Args, lm: nn.Module) -> nn.Module:
+    """The model as the flags want it trained: all of it, or low-rank adapters; activations stored or not."""
+    if args.gradient_checkpointing:  # works in training mode only, so dropout must go
+        lm.gradient_checkpointing_enable()
+        lm.enable_input_require_grads()
+        for module in (m for m in lm.modules() if isinstance(m, nn.Dropout)):
+            module.p = 0.0
+    if args.lora_rank:
+        from peft import LoraConfig, get_peft_model
+
+        config = LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules="all-linear")
+        lm = get_peft_model(lm, config)
+    return lm.train(args.gradient_checkpointing)
+
+
+def save_pretrained(folder: Path, net: nn.Module, tokenizer: Any) -> None:
+    """Network and tokenizer as a folder that from_pretrained loads, whole or not at all; adapters are merged in."""
+    net = net.merge_and_unload() if hasattr(net, "merge_and_unload") else net
+    unfinished = folder.with_name(folder.name + ".tmp")
+    net.save_pretrained(unfinished)
+    tokenizer.save_pretrained(unfinished)
+    shutil.rmtree(folder, ignore_errors=True)
+    unfinished.rename(folder)
 
 
 def positions(mask: Tensor) -> Tensor:
@@ -425,185 +380,120 @@ def sample(
 
 
 class ActorCritic(nn.Module):
-    """The policy and its value function, a zero-initialised head on the policy's network or on a copy."""
+    """The policy, and its value function: a linear head on the policy's hidden states that starts at zero."""
 
-    def __init__(self, policy: nn.Module, separate_value: bool = False):
+    def __init__(self, policy: nn.Module):
         super().__init__()
         self.policy = policy
-        self.critic = copy.deepcopy(policy.base_model) if separate_value else None
-        self.value_head = nn.Linear(policy.config.hidden_size, 1)
+        self.value_head = nn.Linear(hidden_size(policy), 1)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
 
     def forward(self, ids: Tensor, mask: Tensor, count: int, temperature: float) -> tuple[Tensor, Tensor]:
         """Log-probabilities of the last count tokens and the values of the states before them, both [B, count]."""
         logprobs, hidden = token_logprobs(self.policy, ids, mask, count, temperature)
-        if self.critic is not None:
-            output = self.critic(input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False)
-            hidden = output.last_hidden_state[:, -count - 1 : -1]
-        return logprobs, self.value_head(hidden).squeeze(-1).float()
+        return logprobs, self.value_head(hidden.float()).squeeze(-1)
 
 
-@lru_cache(maxsize=2**15)
-def hash_grams(text: str, buckets: int) -> list[int]:
-    """Bucket numbers of a text's words, word pairs and four-letter pieces."""
-    words = ["<", *re.findall(r"[\w']+|[^\w\s]", text.lower()), ">"]
-    pairs = [" ".join(pair) for pair in zip(words[:-1], words[1:], strict=True)]
-    pieces = ["#" + f"^{word}$"[i : i + 4] for word in words for i in range(len(word) - 1)]
-    return [zlib.crc32(gram.encode()) % buckets for gram in (*words, *pairs, *pieces)]
+def hidden_size(lm: nn.Module) -> int:
+    """The width of the last hidden states, which the configuration does not always tell; [B, T, width]."""
+    one = torch.ones(1, 2, dtype=torch.long, device=lm.device)
+    with torch.no_grad():
+        return token_logprobs(lm, one, one, 1, 1.0)[1].shape[-1]
 
 
-class NGramBagConfig(transformers.PretrainedConfig):
-    model_type = "ngram_bag"
+class RewardModel:
+    """Scores texts by a sequence classifier: our own reward model, or anybody's."""
 
-    def __init__(self, buckets: int = 2**18, **kwargs: Any):
-        self.buckets = buckets
-        super().__init__(**kwargs)
+    def __init__(self, net: nn.Module, tokenizer: Any, label: int = -1):
+        self.net, self.tokenizer, self.label = net, tokenizer, label
+        if hasattr(net, "get_base_model"):  # behind its LoRA adapter
+            self.net = net.get_base_model()
 
-
-class NGramBag(transformers.PreTrainedModel):
-    """A linear model of words, word pairs and four-letter pieces of words, all hashed (Bojanowski 2017).
-
-    The score is the sum of their weights over the root of their number: a mean would reward short texts.
-    """
-
-    config_class = NGramBagConfig
-
-    def __init__(self, config: NGramBagConfig):
-        super().__init__(config)
-        self.weights = nn.EmbeddingBag(config.buckets, 1, mode="sum")
-        self.bias = nn.Parameter(torch.zeros(()))
-        self.post_init()
-
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.EmbeddingBag):
-            nn.init.zeros_(module.weight)
-
-    def forward(self, texts: list[str]) -> Tensor:  # -> [B]
-        buckets = [hash_grams(text, self.config.buckets) for text in texts]
-        sizes = torch.tensor([len(row) for row in buckets])
-        ids, starts = torch.tensor([n for row in buckets for n in row]), sizes.cumsum(0) - sizes
-        total = self.weights(ids.to(self.bias.device), starts.to(self.bias.device)).squeeze(-1)
-        return total / sizes.to(self.bias.device).sqrt() + self.bias
-
-
-transformers.AutoConfig.register("ngram_bag", NGramBagConfig)
-AutoModelForSequenceClassification.register(NGramBagConfig, NGramBag)
-
-
-class Reward(nn.Module):
-    """Texts in, scores out, [B]: from a bag, a sequence classifier or a Python function."""
-
-    def __init__(self, name: str, lm: nn.Module, tokenizer: Any, label: int):
-        super().__init__()
-        self.net = self.function = None
-        self.tokenizer, self.label = tokenizer, label
-        self.register_buffer("mean", torch.zeros(()))
-        self.register_buffer("std", torch.ones(()))
-        if found := re.fullmatch(r"(.+\.py):(\w+)", name):
-            self.function = load_function(*found.groups())
-        elif name == "bag":
-            self.net = NGramBag(NGramBagConfig())
-        elif name == "lm":  # Stiennon 2020: the head's weights have standard deviation 1 / sqrt(d + 1)
-            config = copy.deepcopy(lm.config)
-            config.num_labels = 1
-            self.net = AutoModelForSequenceClassification.from_config(config).eval()
-            nn.init.normal_(self.net.score.weight, std=1 / math.sqrt(config.hidden_size + 1))
-        else:
-            try:
-                self.net = AutoModelForSequenceClassification.from_pretrained(name, dtype=torch.float32).eval()
-                self.tokenizer = AutoTokenizer.from_pretrained(name)
-            except Exception as error:  # the loader has no common class of errors
-                fail(f"cannot load the reward model {name!r}: {error}")
-            self.mean.fill_(getattr(self.net.config, "reward_mean", 0.0))
-            self.std.fill_(getattr(self.net.config, "reward_std", 1.0))
-
-    def forward(self, texts: list[str]) -> Tensor:
-        """Scores as the model gives them."""
-        if self.function is not None:
-            try:
-                scores = torch.as_tensor(np.asarray(self.function(texts), dtype=np.float32))
-            except Exception as error:  # it is anybody's code
-                fail(f"the reward function failed: {error!r}")
-            if scores.shape != (len(texts),):
-                fail(f"the reward function returned shape {tuple(scores.shape)} for {len(texts)} texts")
-            return scores.to(self.mean.device)
-        if self.net.config.model_type == "ngram_bag":
-            return self.net(texts)
-        if not hasattr(self.net, "score"):  # an encoder
-            batch = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt").to(self.mean.device)
-            return self.net(**batch).logits[:, self.label].float()
-        # A decoder reads the text from left to right and gives its score at the end-of-sequence token. The
-        # mask says where that is; transformers looks for the pad token, which may be the same one.
-        longest = getattr(self.net.config, "max_position_embeddings", 10**9)  # what is longer loses its end
-        rows = [encode(self.tokenizer, "", text, longest)[0] for text in texts]
-        ids, mask = (x.to(self.mean.device) for x in pad(rows, self.tokenizer.eos_token_id, "right"))
+    def scores(self, rows: list[list[int]]) -> Tensor:
+        """The scores of token ids that end with the end-of-sequence token, [B]: what stands there."""
+        ids, mask = (x.to(self.net.device) for x in pad(rows, self.tokenizer.pad_token_id, "right"))
         hidden = self.net.base_model(input_ids=ids, attention_mask=mask, position_ids=positions(mask)).last_hidden_state
-        last = hidden[torch.arange(len(ids), device=ids.device), mask.sum(1) - 1]
+        last = hidden[torch.arange(len(ids)), mask.sum(1) - 1]
         return self.net.score(last)[:, self.label].float()
 
     @torch.no_grad()
-    def score(self, texts: list[str]) -> Tensor:
-        """Normalised scores, [B]; ends the program if one is no number."""
-        parts = [self(texts[i : i + 256]) for i in range(0, len(texts), 256)]
-        scores = (torch.cat(parts) - self.mean) / self.std
-        if not torch.isfinite(scores).all():
-            text = texts[int((~torch.isfinite(scores)).nonzero()[0])]
-            fail(f"the reward of the text {text!r} is no finite number")
+    def __call__(self, prompts: list[str], completions: list[str], **columns: list) -> list[float]:
+        texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+        scores, room = [], getattr(self.net.config, "max_position_embeddings", 10**9)
+        for start in range(0, len(texts), 128):
+            part = texts[start : start + 128]
+            if hasattr(self.net, "score"):  # a decoder
+                rows = [encode(self.tokenizer, text, "")[0][-room:] for text in part]
+                scores += self.scores(rows).tolist()
+            else:  # an encoder
+                cut = dict(truncation=True, max_length=min(room, self.tokenizer.model_max_length))
+                batch = self.tokenizer(part, padding=True, return_tensors="pt", **cut).to(self.net.device)
+                scores += self.net(**batch).logits[:, self.label].float().tolist()
         return scores
 
 
-def save_pretrained(folder: Path, net: nn.Module, tokenizer: Any) -> None:
-    """Network and tokenizer as a folder that from_pretrained loads."""
-    net.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-def load_function(path: str, name: str) -> Callable[[list[str]], Any]:
-    """A reward function of the user's own: texts in, one number a text out."""
+def load_function(name: str) -> Callable[..., list[float]]:
+    """The function of a path.py:function, called as function(prompts, completions, **columns)."""
+    path, _, function = name.rpartition(":")
     try:
         spec = importlib.util.spec_from_file_location(Path(path).stem, path)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        return getattr(module, name)
+        return getattr(module, function)
     except Exception as error:  # it is anybody's code
-        fail(f"cannot load the reward function {name} from {path}: {error!r}")
+        fail(f"cannot load the function {name!r}: {error!r}")
+
+
+def load_reward(name: str, label: int, device: torch.device) -> Callable[..., list[float]]:
+    """The reward of this name: reward(prompts, completions, **columns) gives each completion a number."""
+    if re.search(r"\.py:\w+$", name):
+        return load_function(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        net, found = AutoModelForSequenceClassification.from_pretrained(
+            name, dtype=torch.float32, output_loading_info=True
+        )
+    except Exception as error:  # the loader has no common class of errors
+        fail(f"cannot load the reward model {name!r} ({error}); give a hub name, a folder or path.py:function")
+    if found["missing_keys"]:
+        fail(f"{name} is no reward model: it has no {', '.join(found['missing_keys'])}, and random ones score noise")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return RewardModel(net.eval().to(device), tokenizer, label)
+
+
+def score(reward: Callable, rows: list[dict[str, Any]], completions: list[str]) -> Tensor:
+    """The reward of a completion of each row's prompt, [B]."""
+    columns = {key: [row[key] for row in rows] for key in rows[0] if key not in ("prompt", "ids")}
+    try:
+        values = list(reward(prompts=[row["prompt"] for row in rows], completions=completions, **columns))
+        finite = all(math.isfinite(value) for value in values)
+    except Exception as error:  # it is anybody's code
+        fail(f"the reward failed: {error!r}; the columns it was given are {', '.join(columns)}")
+    if len(values) != len(rows) or not finite:
+        fail(f"the reward must return a finite number for each of {len(rows)} completions, not {values}")
+    return torch.tensor([float(value) for value in values])
 
 
 # 4. The mathematics -----------------------------------------------------------------------------
-# Responses are [B, R], padded on the right; mask is 1 on a response's tokens, the last of which ends it.
-# Losses are sums over tokens: whoever divides them by the tokens of the whole minibatch gets the same
-# gradient in one part or in many.
+# Completions are [B, T], padded on the right; mask is 1 on a completion's tokens, the last of which ends it.
 
 
-def preference(shares_i: np.ndarray, shares_j: np.ndarray) -> np.ndarray:
-    """P(a vote for i is above a vote for j), ties counted half; vote shares [B, grades] -> [B]."""
-    below = np.cumsum(shares_j, axis=1) - shares_j
-    return (shares_i * (below + 0.5 * shares_j)).sum(1)
-
-
-def pair_loss(scores_i: Tensor, scores_j: Tensor, preferred: Tensor) -> Tensor:
-    """-log P(what people said) under Bradley-Terry, P(i over j) = sigmoid(r_i - r_j); all [B], summed."""
-    return F.binary_cross_entropy_with_logits(scores_i - scores_j, preferred, reduction="sum")
-
-
-def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
-    """Estimates of KL(pi || ref) at tokens sampled from pi: k1 (unbiased, any sign) or k3 (>= 0 as well)."""
-    logratio = logprobs - ref_logprobs
-    if estimator == "k1":
-        return logratio
-    return torch.expm1((-logratio).clamp(max=20)) + logratio  # the clamp keeps exp finite
+def reward_loss(chosen_scores: Tensor, rejected_scores: Tensor) -> Tensor:
+    """-log P(what people said) under Bradley-Terry (Eq. 1, Ouyang 2022); all [B]."""
+    return -F.logsigmoid(chosen_scores - rejected_scores)
 
 
 def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
-    """-beta * KL on every token, and the score [B] on the last one (Eq. 2, Ziegler 2019); [B, R]."""
+    """-beta * KL on every token, and the score [B] on the last one (Eq. 2, Ziegler 2019); [B, T]."""
     rewards = -kl_coef * kl * mask
     last = (mask.sum(1, keepdim=True) - 1).clamp(min=0)
     return rewards.scatter_add(1, last, scores.unsqueeze(1))
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda: float) -> Tensor:
-    """Generalized advantage estimates of responses that end with their last token, [B, R] (Schulman 2015)."""
+    """Generalized advantage estimates of completions that end with their last token, [B, T] (Schulman 2015)."""
     advantages, values = torch.zeros_like(rewards), values * mask
     carry = next_values = torch.zeros_like(rewards[:, 0])
     for t in reversed(range(rewards.shape[1])):
@@ -613,45 +503,26 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda:
     return advantages
 
 
-def masked_variance(x: Tensor, mask: Tensor) -> Tensor:
-    """Variance over the tokens of the mask, a scalar."""
-    count = mask.sum()
-    mean = (x * mask).sum() / count
-    return ((x - mean) ** 2 * mask).sum() / (count - 1).clamp(min=1)
-
-
 def whiten(x: Tensor, mask: Tensor) -> Tensor:
     """Mean 0 and standard deviation 1 over the tokens of the mask, 0 elsewhere."""
-    mean = (x * mask).sum() / mask.sum()
-    return (x - mean) * mask * torch.rsqrt(masked_variance(x, mask) + 1e-8)
+    tokens = x[mask > 0]
+    return (x - tokens.mean()) / (tokens.std() + 1e-8) * mask
 
 
 def ppo_loss(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, clip_coef: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Eq. 7 of Schulman 2017, the KL from the old policy and the number of clipped ratios, as sums over tokens."""
+    """Eq. 7 of Schulman 2017, the KL from the old policy and whether the ratio was clipped, [B, T] each."""
     assert logprobs.shape == old_logprobs.shape == advantages.shape == mask.shape
     logratio = torch.where(mask > 0, logprobs - old_logprobs, 0.0).clamp(-20, 20)
     ratio = logratio.exp()
     gain = torch.min(ratio * advantages, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantages)
-    clipped = ((ratio - 1).abs() > clip_coef).float()
-    return -(gain * mask).sum(), ((ratio - 1 - logratio) * mask).sum().detach(), (clipped * mask).sum()
+    return -gain, (ratio - 1 - logratio).detach(), ((ratio - 1).abs() > clip_coef).float()
 
 
-def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip_coef: float | None) -> Tensor:
-    """Half the squared error, summed over tokens; with clip_coef the pessimistic clipped form."""
-    assert values.shape == old_values.shape == returns.shape == mask.shape
-    loss = (values - returns) ** 2
-    if clip_coef is not None:
-        clipped = old_values + (values - old_values).clamp(-clip_coef, clip_coef)
-        loss = torch.max(loss, (clipped - returns) ** 2)
-    return 0.5 * (loss * mask).sum()
-
-
-def adapt_kl_coef(kl_coef: float, kl: float, target: float, episodes: int, horizon: int) -> float:
-    """The proportional controller of Ziegler 2019, Section 2.2: beta grows while the KL is above its target."""
-    error = min(max(kl / target - 1, -0.2), 0.2)
-    return kl_coef * (1 + error * episodes / horizon)
+def masked_sum(x: Tensor, mask: Tensor) -> Tensor:
+    """The sum over the tokens of the mask. Divided by all tokens of a minibatch, its parts add up to the mean."""
+    return torch.where(mask > 0, x, 0.0).sum()
 
 
 def distinct_2(texts: list[str]) -> float:
@@ -666,441 +537,453 @@ def distinct_2(texts: list[str]) -> float:
 
 # 5. Training ------------------------------------------------------------------------------------
 
-CURVES = ("objective/score", "eval/judge", "eval/kl", "eval/length", "eval/distinct_2", "losses/entropy")
-COLUMNS = ("charts/learning_rate", "charts/episodes", "charts/kl_coef", "charts/token_bonus", "losses/sft_loss",
-           "losses/reward_loss", "objective/score", "objective/kl", "objective/reward", "objective/length",
-           "objective/ended", "losses/policy_loss", "losses/value_loss", "losses/entropy", "losses/approx_kl",
-           "losses/clipfrac", "losses/explained_variance", "eval/score", "eval/judge", "eval/vader", "eval/kl",
-           "eval/kl_interval", "eval/length", "eval/distinct_2", "eval/ref_perplexity", "eval/ended")  # fmt: skip
+
+def train(args: Args) -> Path:
+    """Trains as args say and returns the run folder."""
+    accelerator = Accelerator(cpu=pick_device(args.device).type == "cpu")
+    if not accelerator.is_main_process:
+        args = helper_process(args)
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(args.threads)
+    agent, optimizer, results = Late(), Late(), Values()
+    parts = dict(agent=agent, optimizer=optimizer, results=results)
+    run = Run(args, Path(args.model).name, args.total_episodes, episodes=False, **parts)
+    if args.eval:
+        return run.finish(**evaluate_saved(args, run, accelerator.device, agent, results))
+    tokenizer, lm = load_lm(args.sft_model or args.model)
+    rows, test_rows = (load_rows(args, tokenizer, split) for split in (args.train_split, args.eval_split))
+    try_once(args, accelerator, lm.to(accelerator.device), tokenizer, rows, test_rows)
+
+    # Each stage leaves a folder, from which the next one starts, and so does a run that goes on.
+    with run, torch.autocast(accelerator.device.type, torch.bfloat16, enabled=args.bf16, cache_enabled=False):
+        sft_model, reward_model = stage_folders(args, run.folder)
+        if not Path(sft_model).exists() and args.sft_model is None:
+            sft(args, Path(sft_model), accelerator, tokenizer, lm, rows, test_rows, results)
+        if not Path(reward_model).exists() and args.reward_model is None:
+            train_reward_model(args, Path(reward_model), accelerator, sft_model, results)
+        ppo(args, run, accelerator, sft_model, reward_model, rows, test_rows, agent, optimizer, results)
+    texts_before = results.pop("texts_before")
+    write_samples(run.folder, test_rows, texts_before, results.pop("texts_after"))
+    return run.finish(**results)
 
 
-def batches(size: int, batch_size: int, epochs: int, seed: int) -> list[np.ndarray]:
+def stage_folders(args: Args, folder: Path) -> tuple[str, str]:
+    """Where the SFT model and the reward model are, or will be."""
+    return args.sft_model or str(folder / "sft"), args.reward_model or str(folder / "reward_model")
+
+
+def sft(
+    args: Args, folder: Path, accelerator: Accelerator, tokenizer: Any, lm: nn.Module, rows: list[dict],
+    test_rows: list[dict], results: dict[str, Any],
+) -> None:  # fmt: skip
+    """Stage 1: the model learns to continue prompts as the chosen texts do, by maximum likelihood."""
+    wanted = "chosen_ids" if "chosen_ids" in rows[0] else "completion_ids"
+    texts, tests = ([row[wanted] for row in part] for part in (rows, test_rows[: args.eval_episodes]))
+    lm = trainable(args, lm)
+    optimizer = torch.optim.Adam([p for p in lm.parameters() if p.requires_grad], lr=args.sft_learning_rate)
+    batches = shuffled(len(texts), args.sft_batch_size, args.sft_epochs, args.seed)
+    progress = Progress("SFT", max(len(batches), 1))
+    for step, batch in enumerate(batches):
+        optimizer.param_groups[0]["lr"] = args.sft_learning_rate * (1 - step / len(batches))
+        num_tokens = sum(len(ids) - start for ids, start in (texts[n] for n in batch))
+        for part in own_parts(args, accelerator, batch):
+            logprobs, mask = completion_logprobs(lm, [texts[n] for n in part], tokenizer.pad_token_id)
+            loss = masked_sum(-logprobs, mask) / num_tokens
+            loss.backward()
+        take_step(args, accelerator, optimizer)
+        progress.update(step + 1, f"loss {loss.item() * len(batch) / len(part):.3f}")
+    progress.close()
+    nlls, lm = [], lm.eval()
+    with torch.no_grad():
+        for start in range(0, len(tests), args.sft_batch_size):
+            part = tests[start : start + args.sft_batch_size]
+            logprobs, mask = completion_logprobs(lm, part, tokenizer.pad_token_id)
+            nlls.append(-logprobs[mask > 0])
+    results["sft_loss"] = torch.cat(nlls).mean().item()
+    save_pretrained(folder, lm, tokenizer)
+
+
+def completion_logprobs(lm: nn.Module, texts: list[tuple[list[int], int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """log pi of every token but the first, and 1 where it is a completion's; [B, T - 1] each."""
+    ids, mask = (x.to(lm.device) for x in pad([ids for ids, _ in texts], pad_id, "right"))
+    starts = torch.tensor([start for _, start in texts], device=lm.device).unsqueeze(1)
+    logprobs, _ = token_logprobs(lm, ids, mask, ids.shape[1] - 1, 1.0)
+    return logprobs, mask[:, 1:] * (torch.arange(1, ids.shape[1], device=lm.device) >= starts)
+
+
+def train_reward_model(
+    args: Args, folder: Path, accelerator: Accelerator, sft_model: str, results: dict[str, Any]
+) -> None:
+    """Stage 2: the SFT model with a scalar head learns which of two texts is preferred (Section 3.4, Stiennon 2020)."""
+    tokenizer, net = new_reward_model(args, sft_model, accelerator.device)
+    model = RewardModel(net, tokenizer)
+    needed = ("prompt", "chosen", "rejected")
+    pairs, tests = (load_rows(args, tokenizer, split, needed) for split in (args.reward_split, args.eval_split))
+    optimizer = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr=args.reward_learning_rate)
+    batches = shuffled(len(pairs), args.reward_batch_size, args.reward_epochs, args.seed)
+    progress = Progress("reward model", len(batches))
+    for step, batch in enumerate(batches):
+        optimizer.param_groups[0]["lr"] = args.reward_learning_rate * (1 - step / len(batches))
+        for part in own_parts(args, accelerator, batch):
+            scores = model.scores([pairs[n][name][0] for name in ("chosen_ids", "rejected_ids") for n in part])
+            loss = reward_loss(*scores.chunk(2)).sum() / len(batch)
+            loss.backward()
+        take_step(args, accelerator, optimizer)
+        progress.update(step + 1, f"loss {loss.item() * len(batch) / len(part):.3f}")
+    progress.close()
+    net.eval()
+    margins = score_margins(model, tests)
+    results["reward_accuracy"] = (margins > 0).float().mean().item()
+    if args.gold:
+        gold = load_reward(args.gold, args.reward_label, accelerator.device)
+        results["reward_accuracy_gold"] = ((margins > 0) == (score_margins(gold, tests) > 0)).float().mean().item()
+    save_pretrained(folder, net, tokenizer)
+
+
+def score_margins(reward: Callable, pairs: list[dict]) -> Tensor:
+    """By how much the chosen completion of each pair scores above the rejected one, [B]."""
+    chosen, rejected = (score(reward, pairs, [row[name] for row in pairs]) for name in ("chosen", "rejected"))
+    return chosen - rejected
+
+
+def new_reward_model(args: Args, sft_model: str, device: torch.device) -> tuple[Any, nn.Module]:
+    """The SFT model with a head for one score, whose first weights have the deviation of Stiennon 2020."""
+    torch.manual_seed(args.seed)
+    tokenizer, _ = load_lm(sft_model)
+    net = AutoModelForSequenceClassification.from_pretrained(sft_model, num_labels=1, dtype=torch.float32)
+    net.config.pad_token_id = tokenizer.pad_token_id
+    nn.init.normal_(net.score.weight, std=1 / math.sqrt(net.score.in_features + 1))
+    net = net.to(device).eval()
+    if args.lora_rank:
+        from peft import LoraConfig, TaskType, get_peft_model
+
+        config = LoraConfig(TaskType.SEQ_CLS, r=args.lora_rank, lora_alpha=2 * args.lora_rank)
+        net = get_peft_model(net, config)
+    return tokenizer, net
+
+
+def ppo(
+    args: Args, run: Run, accelerator: Accelerator, sft_model: str, reward_model: str, rows: list[dict],
+    test_rows: list[dict], saved_agent: Late, saved_optimizer: Late, results: dict[str, Any],
+) -> None:  # fmt: skip
+    """Stage 3: the policy writes, the reward model scores, and PPO makes what scored well likelier."""
+    device = accelerator.device
+    tokenizer, agent, reference = load_agent(args, sft_model, device)
+    optimizer = torch.optim.Adam([p for p in agent.parameters() if p.requires_grad], lr=args.learning_rate)
+    saved_agent.set(Trained(agent))
+    saved_optimizer.set(optimizer)
+    judges, test_rows = load_judges(args, reward_model, device), test_rows[: args.eval_episodes]
+    if "before" not in results:
+        results["reward_scale"] = reward_scale(args, tokenizer, agent.policy, judges, rows)
+    judges["reward"] = scaled(judges["reward"], *results["reward_scale"])
+    if "before" not in results:
+        before = evaluate(args, tokenizer, agent.policy, reference, judges, test_rows)
+        results["before"], results["texts_before"] = before
+
+    step = run.step
+    while step < args.total_episodes:
+        rng = np.random.default_rng([args.seed, step])
+        lr = args.learning_rate * (1 - step / args.total_episodes if args.anneal_lr else 1)
+        optimizer.param_groups[0]["lr"] = lr
+
+        # Write. Every process writes its share, and then has them all.
+        drawn = [rows[n] for n in rng.integers(len(rows), size=args.batch_size)]
+        uniforms = rng.random((args.batch_size, args.max_completion_length), np.float32)
+        own = np.array_split(np.arange(args.batch_size), accelerator.num_processes)[accelerator.process_index]
+        batch, texts = rollout(args, tokenizer, agent, reference, [drawn[n] for n in own], uniforms[own])
+
+        # Score: the reward on the last token, the price of the KL on every one.
+        batch["scores"] = score(judges["reward"], [drawn[n] for n in own], texts).to(device)
+        batch = {name: accelerator.pad_across_processes(x, dim=1, pad_first=True) for name, x in batch.items()}
+        batch = {name: accelerator.gather(x) for name, x in batch.items()}
+        mask, values = batch["mask"], batch["values"]
+        scores = batch["scores"] - args.missing_eos_penalty * (1 - batch["ended"])
+        kl = (batch["logprobs"] - batch["ref_logprobs"]) * mask
+        rewards = token_rewards(scores, kl, mask, args.kl_coef)
+        advantages = gae(rewards, values, mask, args.gamma, args.gae_lambda)
+        returns = advantages + values * mask
+        batch |= {"returns": returns, "advantages": whiten(advantages, mask)}
+
+        # Learn.
+        history = []
+        for _ in range(args.update_epochs):
+            for minibatch in np.split(rng.permutation(args.batch_size), args.num_minibatches):
+                num_tokens, sums = mask[minibatch].sum(), torch.zeros(4, device=device)
+                for part in own_parts(args, accelerator, minibatch):
+                    b = {name: x[part] for name, x in batch.items()}
+                    logprobs, new_values = agent(b["ids"], b["seen"], mask.shape[1], args.temperature)
+                    pg_loss, approx_kl, clipped = ppo_loss(
+                        logprobs, b["logprobs"], b["advantages"], b["mask"], args.clip_coef
+                    )
+                    v_loss = 0.5 * (new_values - b["returns"]) ** 2
+                    loss = masked_sum(pg_loss + args.vf_coef * v_loss, b["mask"]) / num_tokens
+                    loss.backward()
+                    parts = [masked_sum(x, b["mask"]) / num_tokens for x in (pg_loss, v_loss, approx_kl, clipped)]
+                    sums += torch.stack(parts).detach()
+                take_step(args, accelerator, optimizer)
+                history.append(accelerator.reduce(sums, "sum"))
+        pg_loss, v_loss, approx_kl, clipfrac = torch.stack(history).mean(0).tolist()
+
+        step += args.batch_size
+        measured = {}
+        if (len(run.rows) + 1) % args.eval_every == 0:
+            measured, _ = evaluate(args, tokenizer, agent.policy, reference, judges, test_rows[:128])
+        residual, tokens = (returns - values)[mask > 0], mask.sum()
+        run.report(step, {
+            "objective/reward": batch["scores"].mean().item(), "objective/kl": kl.sum(1).mean().item(),
+            "objective/length": mask.sum(1).float().mean().item(),
+            "objective/ended": batch["ended"].mean().item(), "charts/learning_rate": lr,
+            "losses/policy_loss": pg_loss, "losses/value_loss": v_loss, "losses/approx_kl": approx_kl,
+            "losses/clipfrac": clipfrac, "losses/entropy": (-(batch["logprobs"] * mask).sum() / tokens).item(),
+            "losses/explained_variance": (1 - residual.var() / returns[mask > 0].var().clamp(min=1e-8)).item(),
+            **{f"eval/{name}": measured.get(name) for name in results["before"]},
+        })  # fmt: skip
+
+    after = evaluate(args, tokenizer, agent.policy, reference, judges, test_rows)
+    results["after"], results["texts_after"] = after
+    if args.gold:
+        gain = results["after"]["gold"] - results["before"]["gold"]
+        results["gold_gain"] = gain / max(results["before"]["gold_std"], 1e-6)
+    save_pretrained(run.folder / "policy", agent.policy, tokenizer)
+
+
+@torch.no_grad()
+def rollout(
+    args: Args, tokenizer: Any, agent: ActorCritic, reference: nn.Module, rows: list[dict], uniforms: np.ndarray
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The policy continues the rows' prompts: ids and seen [B, P + T], the rest [B, T] or [B]; and the texts."""
+    agent.eval()
+    batch, texts = write(args, tokenizer, agent.policy, rows, uniforms)
+    width = uniforms.shape[1]
+    batch["logprobs"], batch["values"] = agent(batch["ids"], batch["seen"], width, args.temperature)
+    with without_adapter(reference):
+        batch["ref_logprobs"], _ = token_logprobs(reference, batch["ids"], batch["seen"], width, args.temperature)
+    agent.train(args.gradient_checkpointing)
+    return batch, texts
+
+
+def load_agent(args: Args, sft_model: str, device: torch.device) -> tuple[Any, ActorCritic, nn.Module]:
+    """Tokenizer, policy with value function, and reference; with LoRA the last is the policy without its adapter."""
+    tokenizer, lm = load_lm(sft_model)
+    agent = ActorCritic(trainable(args, lm.to(device))).to(device)
+    return tokenizer, agent, agent.policy if args.lora_rank else load_lm(sft_model)[1].to(device)
+
+
+def reward_scale(
+    args: Args, tokenizer: Any, policy: nn.Module, judges: dict[str, Callable], rows: list[dict]
+) -> tuple[float, float]:
+    """Mean and standard deviation of the reward of 512 texts by the policy, which has not learnt yet."""
+    rng = np.random.default_rng([args.seed, 5])
+    drawn = [rows[n] for n in rng.integers(len(rows), size=512)]
+    _, texts = write(args, tokenizer, policy, drawn, rng.random((512, args.max_completion_length), np.float32))
+    scores = score(judges["reward"], drawn, texts)
+    return scores.mean().item(), max(scores.std().item(), 1e-6)
+
+
+def scaled(reward: Callable, shift: float, scale: float) -> Callable[..., list[float]]:
+    """The reward less shift, over scale."""
+    return lambda **columns: [(value - shift) / scale for value in reward(**columns)]
+
+
+def without_adapter(lm: nn.Module) -> contextlib.AbstractContextManager:
+    """In it, a model with a LoRA adapter is the model without."""
+    return lm.disable_adapter() if hasattr(lm, "disable_adapter") else contextlib.nullcontext()
+
+
+def shuffled(size: int, batch_size: int, epochs: int, seed: int) -> list[np.ndarray]:
     """Row numbers of every minibatch: each epoch in a new order, its last minibatch filled up from its start."""
     count = math.ceil(size / batch_size)
     orders = [np.random.default_rng([seed, epoch]).permutation(size) for epoch in range(epochs)]
     return [rows for order in orders for rows in np.resize(order, (count, batch_size))]
 
 
-def optimizer_step(
-    args: Any, accelerator: Accelerator, model: nn.Module, optimizer: Any, rows: np.ndarray,
-    sums: Callable[[np.ndarray], Tensor], weight: float,
-) -> Tensor:  # fmt: skip
-    """One step along the gradient of sums(rows)[0] / weight; returns sums(rows) / weight.
-
-    Every process takes its share of the rows, in parts that fit into memory. Because sums are added up and
-    divided by the weight of all rows together, neither changes the result.
-    """
-    optimizer.zero_grad(set_to_none=True)
+def own_parts(args: Args, accelerator: Accelerator, rows: np.ndarray) -> list[np.ndarray]:
+    """This process's share of a minibatch, in the parts that go through the model one by one."""
     parts = np.array_split(rows, accelerator.num_processes * args.gradient_accumulation)
-    parts = parts[accelerator.process_index * args.gradient_accumulation :][: args.gradient_accumulation]
-    total = 0
-    for i, part in enumerate(parts):
-        with accelerator.no_sync(model) if i < len(parts) - 1 else contextlib.nullcontext():
-            with accelerator.autocast():
-                values = sums(part) / weight
-            accelerator.backward(values[0] * accelerator.num_processes)  # gradients of processes are averaged
-        total = total + values.detach()
-    accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+    first = accelerator.process_index * args.gradient_accumulation
+    return [part for part in parts[first : first + args.gradient_accumulation] if len(part)]
+
+
+def take_step(args: Args, accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> None:
+    """Adds up what the processes found, limits the gradient's norm, and moves the weights."""
+    parameters = [p for p in optimizer.param_groups[0]["params"] if p.grad is not None]
+    if accelerator.num_processes > 1:
+        for parameter in parameters:
+            parameter.grad = accelerator.reduce(parameter.grad, "sum")
+    nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
     optimizer.step()
-    return accelerator.reduce(total, "sum")
+    optimizer.zero_grad()
 
 
-def sft_tokens(rows: list[tuple[list[int], int]], chosen: np.ndarray) -> int:
-    """How many tokens the chosen texts teach: all but the prompts and a text's first."""
-    return max(sum(len(ids) - max(start, 1) for ids, start in (rows[n] for n in chosen)), 1)
+class Late:
+    """A part of the checkpoint that is made after the run has begun; what was saved of it waits until then."""
+
+    def __init__(self):
+        self.part, self.saved = None, {}
+
+    def set(self, part: Any) -> None:
+        if self.saved:
+            part.load_state_dict(self.saved)
+        self.part = part
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.part.state_dict() if self.part else self.saved
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        self.saved = saved
 
 
-def sft_loss(lm: nn.Module, rows: list[tuple[list[int], int]], pad_id: int, chosen: np.ndarray) -> Tensor:
-    """-log pi(text | prompt) summed over the chosen texts, [1]."""
-    device = next(lm.parameters()).device
-    ids, mask = (x.to(device) for x in pad([rows[n][0] for n in chosen], pad_id, "right"))
-    start = torch.tensor([rows[n][1] for n in chosen], device=device).unsqueeze(1)
-    target = mask[:, 1:] * (torch.arange(1, ids.shape[1], device=device) >= start)
-    logprobs, _ = token_logprobs(lm, ids, mask, ids.shape[1] - 1, 1.0)
-    return -(logprobs * target).sum().unsqueeze(0)
+class Trained:
+    """The weights that learn, for the checkpoint: with LoRA those of the adapter and the head only."""
+
+    def __init__(self, net: nn.Module):
+        self.net = net
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {name: p.detach() for name, p in self.net.named_parameters() if p.requires_grad}
+
+    def load_state_dict(self, saved: dict[str, Tensor]) -> None:
+        if saved.keys() != self.state_dict().keys():
+            raise KeyError("other weights")
+        self.net.load_state_dict(saved, strict=False)
 
 
-def reward_loss(model: nn.Module, texts: list[str], shares: np.ndarray, chosen: np.ndarray) -> Tensor:
-    """Bradley-Terry on neighbours: the first chosen text with the second, the third with the fourth, ..., [1]."""
-    scores = model([texts[n] for n in chosen])
-    preferred = torch.from_numpy(preference(shares[chosen[::2]], shares[chosen[1::2]])).to(scores.device)
-    return pair_loss(scores[::2], scores[1::2], preferred).unsqueeze(0)
+class Values(dict):
+    """Plain values that the checkpoint keeps beside the weights."""
 
-
-def study_reference(
-    args: Args, reward: Reward, tokenizer: Any, reference: nn.Module, prompts: list[list[int]]
-) -> float:  # fmt: skip
-    """Shifts and scales the reward so that the reference's texts score 0 and 1; returns their mean length."""
-    rng = np.random.default_rng([args.seed, 5])
-    ids, mask = pad([prompts[n] for n in rng.integers(len(prompts), size=512)], tokenizer.pad_token_id, "left")
-    ids, mask = ids.to(reference.device), mask.to(reference.device)
-    uniforms = torch.from_numpy(rng.random((512, args.response_length), np.float32)).to(reference.device)
-    tokens, response, _ = sample(reference, ids, mask, uniforms, tokenizer.eos_token_id, tokenizer.pad_token_id,
-                                 args.temperature)  # fmt: skip
-    scores = reward.score(decode(tokenizer, torch.cat((ids, tokens), 1), torch.cat((mask, response), 1)))
-    if args.normalize_reward:
-        reward.mean += scores.mean() * reward.std
-        reward.std *= scores.std().clamp(min=1e-6)
-    if reward.net is not None:  # so that from_pretrained brings them back
-        reward.net.config.reward_mean, reward.net.config.reward_std = reward.mean.item(), reward.std.item()
-    return response.sum(1).float().mean().item()
-
-
-def rollout(
-    args: Args, accelerator: Accelerator, tokenizer: Any, agent: ActorCritic, reference: nn.Module, reward: Reward,
-    prompts: list[list[int]], uniforms: np.ndarray,
-) -> dict[str, Tensor]:  # fmt: skip
-    """Lets the policy continue the prompts and judges what it wrote: a dictionary of tensors [B, ...].
-
-    Every process writes and judges its share of the texts; in the end each has them all.
-    """
-    share = np.array_split(np.arange(len(prompts)), accelerator.num_processes)[accelerator.process_index]
-    prompt_ids, prompt_mask = (x[share].to(accelerator.device) for x in pad(prompts, tokenizer.pad_token_id, "left"))
-    draws = torch.as_tensor(uniforms[share], dtype=torch.float32, device=accelerator.device)
-    with torch.no_grad(), accelerator.autocast():
-        tokens, mask, _ = sample(agent.policy, prompt_ids, prompt_mask, draws, tokenizer.eos_token_id,
-                                 tokenizer.pad_token_id, args.temperature)  # fmt: skip
-        ids, full_mask = torch.cat((prompt_ids, tokens), 1), torch.cat((prompt_mask, mask), 1)
-        logprobs, values = agent(ids, full_mask, args.response_length, args.temperature)
-        ref_logprobs, _ = token_logprobs(reference, ids, full_mask, args.response_length, args.temperature)
-    ended = (tokens.gather(1, mask.sum(1, keepdim=True) - 1) == tokenizer.eos_token_id)[:, 0]
-    scores = reward.score(decode(tokenizer, ids, full_mask))
-    batch = {"ids": ids, "mask": full_mask, "response_mask": mask, "logprobs": logprobs, "values": values,
-             "ref_logprobs": ref_logprobs, "scores": scores, "ended": ended.float()}  # fmt: skip
-    return {name: accelerator.gather(x) for name, x in batch.items()}
-
-
-def add_advantages(args: Args, batch: dict[str, Tensor], kl_coef: float, token_bonus: float = 0.0) -> None:
-    """Rewards, advantages and returns of a rollout, added to it."""
-    mask, scores = batch["response_mask"], batch["scores"]
-    if args.reward_shaping == "logsigmoid":
-        scores = F.logsigmoid(scores)
-    scores = scores - args.missing_eos_penalty * (1 - batch["ended"])
-    batch["kl"] = kl_estimate(batch["logprobs"], batch["ref_logprobs"], args.kl_estimator) * mask
-    batch["rewards"] = token_rewards(scores, batch["kl"], mask, kl_coef) + token_bonus * mask
-    advantages = gae(batch["rewards"], batch["values"], mask, args.gamma, args.gae_lambda)
-    batch["returns"] = advantages + batch["values"] * mask
-    batch["advantages"] = whiten(advantages, mask)
-
-
-def ppo_update(
-    args: Args, accelerator: Accelerator, agent: nn.Module, optimizer: Any, batch: dict[str, Tensor],
-    rng: np.random.Generator,
-) -> dict[str, float]:  # fmt: skip
-    """The epochs of PPO on one rollout; returns the means of its losses."""
-
-    def sums(rows: np.ndarray) -> Tensor:
-        part = {name: x[rows] for name, x in batch.items()}
-        mask = part["response_mask"]
-        logprobs, values = agent(part["ids"], part["mask"], mask.shape[1], args.temperature)
-        pg_loss, approx_kl, clipped = ppo_loss(logprobs, part["logprobs"], part["advantages"], mask, args.clip_coef)
-        v_loss = value_loss(values, part["values"], part["returns"], mask, args.clip_coef if args.clip_vloss else None)
-        return torch.stack((pg_loss + args.vf_coef * v_loss, pg_loss, v_loss, approx_kl, clipped))
-
-    history = []
-    for _ in range(args.update_epochs):
-        for rows in np.split(rng.permutation(len(batch["ids"])), args.num_minibatches):
-            weight = batch["response_mask"][rows].sum()
-            history.append(optimizer_step(args, accelerator, agent, optimizer, rows, sums, weight))
-        if args.target_kl is not None and history[-1][3] > args.target_kl:
-            break
-    names = ("policy_loss", "value_loss", "approx_kl", "clipfrac")
-    return {f"losses/{name}": x for name, x in zip(names, torch.stack(history).mean(0)[1:].tolist(), strict=True)}
-
-
-def summarize(batch: dict[str, Tensor]) -> dict[str, float]:
-    """Means over a rollout; the entropy is that of the sampled tokens, -log pi, a nat count per token."""
-    mask, tokens = batch["response_mask"], batch["response_mask"].sum()
-    residual = masked_variance(batch["returns"] - batch["values"], mask)
-    metrics = {
-        "objective/score": batch["scores"].mean(), "objective/kl": batch["kl"].sum(1).mean(),
-        "objective/reward": batch["rewards"].sum(1).mean(), "objective/length": mask.sum(1).float().mean(),
-        "objective/ended": batch["ended"].mean(), "losses/entropy": -(batch["logprobs"] * mask).sum() / tokens,
-        "losses/explained_variance": 1 - residual / masked_variance(batch["returns"], mask).clamp(min=1e-8),
-    }  # fmt: skip
-    return {name: x.item() for name, x in metrics.items()}
+    state_dict, load_state_dict = dict.copy, dict.update
 
 
 def helper_process(args: Args) -> Args:
     """Settings of a process that only computes: the first one alone writes the run folder and prints."""
-    sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     scratch = tempfile.mkdtemp()
     atexit.register(shutil.rmtree, scratch, ignore_errors=True)
     if args.resume:
-        shutil.copytree(checkpoint_path(args.resume).parent, scratch, dirs_exist_ok=True)
-    return dataclasses.replace(args, run_dir=scratch, resume=scratch if args.resume else None, track=False)
+        shutil.copytree(args.resume, Path(scratch, "run"))
+    return dataclasses.replace(args, run_dir=scratch, resume=args.resume and f"{scratch}/run", track=False)
 
 
-def fit(
-    args: Any, accelerator: Accelerator, model: nn.Module, optimizer: Any, minibatches: list[np.ndarray], first: int,
-    lr: float, sums: Callable[[np.ndarray], Tensor], weight: Callable[[np.ndarray], float],
-) -> Iterator[tuple[int, float, float]]:  # fmt: skip
-    """Supervised learning, one step a minibatch; yields minibatches done, learning rate and loss now and then."""
-    for i in range(first, len(minibatches)):
-        optimizer.param_groups[0]["lr"] = rate = lr * (1 - i / len(minibatches))
-        loss = optimizer_step(args, accelerator, model, optimizer, minibatches[i], sums, weight(minibatches[i]))
-        if (i + 1) % 20 == 0 or i + 1 == len(minibatches):
-            yield i + 1, rate, loss.item()
-
-
-def train(args: Args) -> Path:
-    """Trains as args say and returns the run folder."""
-    validate(args)
-    saved = load_checkpoint(args.resume) if args.resume else None
-    device = pick_device(args.device, auto="cuda" if torch.cuda.is_available() else "cpu")
-    rng = seed_everything(args.seed)
-    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="bf16" if args.bf16 else None)
-    device = accelerator.device
+def try_once(
+    args: Args, accelerator: Accelerator, lm: nn.Module, tokenizer: Any, rows: list[dict], test_rows: list[dict]
+) -> None:
+    """Takes every stage's path once, on two examples: what cannot work fails before anything is trained."""
     share = accelerator.num_processes * args.gradient_accumulation
-    for size in (args.batch_size // args.num_minibatches, args.sft_batch_size, args.reward_batch_size // 2):
+    for size in (args.batch_size // args.num_minibatches, args.sft_batch_size, args.reward_batch_size):
         if size % share:
             fail(f"a minibatch of {size} cannot be shared by {share} (processes times --gradient-accumulation)")
-    if not accelerator.is_main_process:
-        args = helper_process(args)
-
-    tokenizer, policy = load_lm(args.model)
-    data, held_out = load_split(args.dataset, args.reward_split), load_split(args.dataset, args.eval_split)
-    prompts, eval_prompts = make_prompts(args, tokenizer, data), make_prompts(args, tokenizer, held_out)
-    judges = Judges(args)
-    heads, texts = heads_and_texts(args, data)
-    sft_rows = [encode(tokenizer, head, text, args.max_length) for head, text in zip(heads, texts, strict=True)]
-    texts = [head + text for head, text in zip(heads, texts, strict=True)]
-    if args.sft_epochs:
-        sft_rows = [sft_rows[n] for n in known(tokenizer, [ids for ids, _ in sft_rows], "texts")]
-    lengths = [len(ids) + args.response_length for ids in prompts + eval_prompts]
-    lengths += [len(ids) for ids, _ in sft_rows] if args.sft_epochs else []
-    if max(lengths) > (room := getattr(policy.config, "max_position_embeddings", max(lengths))):
-        fail(f"{args.model} reads {room} tokens, a text may have {max(lengths)}: "
-             "lower --response-length or --max-length")  # fmt: skip
-    sft_batches = batches(len(sft_rows), args.sft_batch_size, args.sft_epochs, args.seed)
-    trains_reward = args.reward_model in ("bag", "lm")
-    reward = Reward(args.reward_model, policy, tokenizer, args.reward_label)
-    reward.to(device).score(texts[:2])  # a reward that does not work should say so now
-    shares = vote_shares(args, data) if trains_reward else None
-    pair_batches = batches(len(texts), args.reward_batch_size, args.reward_epochs if trains_reward else 0, args.seed)
-    # Steps are texts: those of SFT, then those of the rated pairs, then the policy's own.
-    starts = {"sft": 0, "reward": len(sft_batches) * args.sft_batch_size}
-    starts["ppo"] = starts["reward"] + len(pair_batches) * args.reward_batch_size
-    iterations = math.ceil(args.total_episodes / args.batch_size)
-
-    # What a checkpoint holds: the place reached, the networks made so far, the stage's optimizer.
-    place: dict[str, Any] = {"stage": "sft", "done": 0, "kl_coef": args.kl_coef, "token_bonus": 0.0, "sft_length": 0.0,
-                             "results": {}}  # fmt: skip
-    agent = ActorCritic(policy, args.separate_value).to(device)
-    networks: dict[str, nn.Module] = {"agent": agent}
-    current: dict[str, Any] = {}
-    if saved:
-        restore(saved["networks"], agent=agent)
-        rng.bit_generator.state = saved["rng"]
-        place = {key: saved[key] for key in place}
-
-    def state() -> dict[str, Any]:
-        optimizer = current["optimizer"].state_dict() if current else saved["optimizer"]  # not yet rebuilt
-        networks_now = {name: net.state_dict() for name, net in networks.items()}
-        return {**place, "networks": networks_now, "optimizer": optimizer, "rng": rng.bit_generator.state}
-
-    def begin(stage: str, model: nn.Module, lr: float) -> tuple[nn.Module, Any]:
-        """The stage's model and optimizer, ready for every process; where a run resumes, as they were."""
-        if place["stage"] != stage:
-            place.update(stage=stage, done=0)
-        model, optimizer = accelerator.prepare(model, torch.optim.Adam(model.parameters(), lr=lr))
-        if saved and saved["stage"] == stage:
-            optimizer.load_state_dict(saved["optimizer"])
-        current["optimizer"] = optimizer
-        return model, optimizer
-
-    total = starts["ppo"] + iterations * args.batch_size
-    with RunRecord(args, Path(args.model).name, total, device, state, CURVES, saved) as run:
-
-        def report(stage: str, done: int, size: int, metrics: dict[str, float]) -> None:
-            place["done"] = done
-            run.report(starts[stage] + done * size, dict.fromkeys(COLUMNS) | metrics)
-
-        # 1. Supervised fine-tuning: the policy learns to write like the data.
-        if place["stage"] == "sft":
-            lm, optimizer = begin("sft", policy, args.sft_learning_rate)
-            sft_sums = partial(sft_loss, lm, sft_rows, tokenizer.pad_token_id)
-            sft_weight = partial(sft_tokens, sft_rows)
-            for done, lr, loss in fit(args, accelerator, lm, optimizer, sft_batches, place["done"],
-                                      args.sft_learning_rate, sft_sums, sft_weight):  # fmt: skip
-                report("sft", done, args.sft_batch_size, {"charts/learning_rate": lr, "losses/sft_loss": loss})
-            save_pretrained(run.folder / "sft", policy, tokenizer)
-
-        # The SFT model, frozen, is the reference from which the KL is measured.
-        networks["reference"] = reference = copy.deepcopy(policy).requires_grad_(False)
-        networks["reward"] = reward
-        if args.reward_model == "lm":
-            reward.net.base_model.load_state_dict(policy.base_model.state_dict())
-        if saved and "reward" in saved["networks"]:
-            restore(saved["networks"], reference=reference, reward=reward)
-
-        # 2. The reward model: which of two texts do people rate higher?
-        if place["stage"] != "ppo":
-            if trains_reward:
-                model, optimizer = begin("reward", reward, args.reward_learning_rate)
-                pair_sums = partial(reward_loss, model, texts, shares)
-                for done, lr, loss in fit(args, accelerator, model, optimizer, pair_batches, place["done"],
-                                          args.reward_learning_rate, pair_sums, lambda r: len(r) // 2):  # fmt: skip
-                    metrics = {"charts/learning_rate": lr, "losses/reward_loss": loss}
-                    report("reward", done, args.reward_batch_size, metrics)
-            place["results"] = reward_test(args, reward, held_out)
-            place["sft_length"] = study_reference(args, reward, tokenizer, reference, prompts)
-            if reward.net is not None:
-                save_pretrained(run.folder / "reward_model", reward.net, reward.tokenizer)
-
-        # 3. PPO: write, judge, learn.
-        model, optimizer = begin("ppo", agent, args.learning_rate)
-        for iteration in range(place["done"], iterations):
-            lr = args.learning_rate * (1 - iteration / iterations if args.anneal_lr else 1)
-            optimizer.param_groups[0]["lr"] = lr
-            chosen = [prompts[n] for n in rng.integers(len(prompts), size=args.batch_size)]
-            uniforms = rng.random((args.batch_size, args.response_length), np.float32)
-            batch = rollout(args, accelerator, tokenizer, agent, reference, reward, chosen, uniforms)
-            add_advantages(args, batch, place["kl_coef"], place["token_bonus"])
-            losses = ppo_update(args, accelerator, model, optimizer, batch, rng)
-
-            metrics = {"charts/learning_rate": lr, "charts/episodes": (iteration + 1) * args.batch_size,
-                       "charts/kl_coef": place["kl_coef"], "charts/token_bonus": place["token_bonus"]}  # fmt: skip
-            metrics |= summarize(batch) | losses
-            if args.keep_length:
-                place["token_bonus"] += 0.01 * (1 - metrics["objective/length"] / place["sft_length"])
-            if args.kl_target is not None:
-                kl = metrics["objective/kl"]
-                place["kl_coef"] = adapt_kl_coef(place["kl_coef"], kl, args.kl_target, args.batch_size, args.kl_horizon)
-            if (iteration + 1) % args.eval_every == 0 and accelerator.is_main_process:
-                scores, _ = evaluate(args, tokenizer, policy, reference, eval_prompts[:128], reward, judges)
-                metrics |= {f"eval/{name}": value for name, value in scores.items()}
-            report("ppo", iteration + 1, args.batch_size, metrics)
-
-        save_pretrained(run.folder / "policy", policy, tokenizer)
-        results = compare(args, tokenizer, policy, reference, eval_prompts, reward, judges, run.folder)
-        run.finish(None, **place["results"], **results)
-    return run.folder
+    longest = max(len(row["ids"]) for row in rows + test_rows) + args.max_completion_length
+    if longest > (room := getattr(lm.config, "max_position_embeddings", longest)):
+        fail(f"{args.model} reads {room} tokens and a text may have {longest}: lower --max-completion-length")
+    if args.sft_model is None and not ("chosen_ids" in rows[0] or "completion_ids" in rows[0]):
+        fail(f"SFT needs a column chosen or completion, which {args.dataset} has not; or give --sft-model")
+    if args.reward_model is None and "rejected_ids" not in rows[0]:
+        fail(
+            f"the reward model needs columns chosen and rejected, which {args.dataset} has not; or give --reward-model"
+        )
+    try:
+        agent = ActorCritic(lm)
+        batch, texts = rollout(args, tokenizer, agent, lm, rows[:2], np.full((2, 2), 0.5, np.float32))
+        assert batch["logprobs"].isfinite().all(), "log-probabilities that are not finite"
+        if args.reward_model is None:
+            net = AutoModelForSequenceClassification.from_config(lm.config)
+            assert hasattr(net, "score"), "a classifier without a head named score"
+            RewardModel(net.to(lm.device), tokenizer)(["a"], ["b"])
+    except Exception as error:  # models are programs of their own
+        fail(f"{args.model} cannot be used here: {type(error).__name__}: {error}")
+    for judge in load_judges(args, args.reward_model, lm.device).values():
+        score(judge, rows[:2], texts)
 
 
 # 6. Evaluation ----------------------------------------------------------------------------------
 
 
-class Judges:
-    """Two opinions that the policy never saw: a classifier of the other half of the ratings, and VADER's rules."""
-
-    def __init__(self, args: Any):
-        self.vader, self.net = SentimentIntensityAnalyzer(), None
-        if args.judge_split is None:
-            return
-        data = load_split(args.dataset, args.judge_split)
-        heads, texts = heads_and_texts(args, data)
-        texts = [head + text for head, text in zip(heads, texts, strict=True)]
-        positive = (torch.tensor(column(data, args.label_column, Real)) > args.positive_above).float()
-        self.net = NGramBag(NGramBagConfig())
-        optimizer = torch.optim.Adam(self.net.parameters(), lr=2e-2)
-        for rows in batches(len(texts), 64, 10, seed=0):  # the same judge whatever the run's seed
-            loss = F.binary_cross_entropy_with_logits(self.net([texts[n] for n in rows]), positive[rows])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-
-    @torch.no_grad()
-    def __call__(self, texts: list[str]) -> dict[str, float | None]:
-        """Mean probability that a text is positive, and VADER's mean compound score in [-1, 1]."""
-        judge = None if self.net is None else torch.sigmoid(self.net(texts)).mean().item()
-        vader = [self.vader.polarity_scores(text)["compound"] for text in texts]
-        return {"judge": judge, "vader": sum(vader) / len(vader)}
+def load_judges(args: Args, reward_model: str | None, device: torch.device) -> dict[str, Callable]:
+    """The rewards by which texts are measured: the one that is optimised, and gold."""
+    named = {"reward": reward_model, "gold": args.gold}
+    return {key: load_reward(name, args.reward_label, device) for key, name in named.items() if name}
 
 
 @torch.no_grad()
-def reward_test(args: Args, reward: Reward, data: datasets.Dataset) -> dict[str, float | None]:
-    """The reward model on pairs of held-out texts: how often it prefers the one that raters prefer, for all pairs
-    and for those rated at least a grade apart, and how far, on average, its stated probability is from the share
-    of raters (expected calibration error, ten bins)."""
-    if args.label_column not in data.column_names or reward.function is not None:
-        return {"reward_accuracy": None, "reward_accuracy_all": None, "reward_calibration": None}
-    heads, texts = heads_and_texts(args, data)
-    scores = reward.score([head + text for head, text in zip(heads, texts, strict=True)])
-    rows = np.random.default_rng(0).integers(len(texts), size=(20_000, 2))
-    shares = vote_shares(args, data)
-    share = preference(shares[rows[:, 0]], shares[rows[:, 1]])
-    margin = ((scores[rows[:, 0]] - scores[rows[:, 1]]) * reward.std).cpu().numpy()  # undoes the scaling of score()
-    grades = np.array(column(data, args.label_column, Real), float)
-    apart = grades[rows[:, 0]] - grades[rows[:, 1]]
-    right = (margin > 0) == (apart > 0)
-    stated = 1 / (1 + np.exp(-margin))
-    bins = np.minimum((stated * 10).astype(int), 9)
-    gap = sum(abs((stated - share)[bins == b].sum()) for b in range(10)) / len(rows)
-    found = {"reward_accuracy": right[abs(apart) >= 1], "reward_accuracy_all": right[apart != 0]}
-    shown = {name: float(pairs.mean()) if len(pairs) else None for name, pairs in found.items()}
-    return shown | {"reward_calibration": float(gap)}
+def write(
+    args: Args, tokenizer: Any, lm: nn.Module, rows: list[dict], uniforms: np.ndarray
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Continues the rows' prompts: ids and seen [B, P + T], mask and logprobs [B, T], ended [B]; and the texts."""
+    prompt_ids, prompt_mask = (
+        x.to(lm.device) for x in pad([row["ids"] for row in rows], tokenizer.pad_token_id, "left")
+    )
+    draws = torch.from_numpy(uniforms).to(lm.device)
+    tokens, mask, logprobs = sample(lm, prompt_ids, prompt_mask, draws, tokenizer.eos_token_id,
+                                    tokenizer.pad_token_id, args.temperature)  # fmt: skip
+    ids, seen = torch.cat((prompt_ids, tokens), 1), torch.cat((prompt_mask, mask), 1)
+    ended = ((tokens == tokenizer.eos_token_id) & (mask > 0)).any(1).float()
+    batch = {"ids": ids, "seen": seen, "mask": mask, "logprobs": logprobs, "ended": ended}
+    return batch, [
+        complete(tokenizer, row, new[real > 0].tolist()) for row, new, real in zip(rows, tokens, mask, strict=True)
+    ]
+
+
+def complete(tokenizer: Any, row: dict[str, Any], tokens: list[int]) -> str:
+    """The text of new tokens behind a row's prompt, decoded together with it: a space may belong to either."""
+    whole, prompt = tokenizer.batch_decode([row["ids"] + tokens, row["ids"]], skip_special_tokens=True)
+    return whole[len(prompt) :]
 
 
 @torch.no_grad()
 def evaluate(
-    args: Any, tokenizer: Any, lm: nn.Module, reference: nn.Module, prompts: list[list[int]], reward: Any,
-    judges: Judges,
-) -> tuple[dict[str, float | None], list[tuple[str, str]]]:  # fmt: skip
-    """What lm makes of the prompts, with random numbers of its own: the measurements, and prompts with texts."""
-    device = reference.device
-    uniforms = np.random.default_rng([args.seed, 6]).random((len(prompts), args.response_length), np.float32)
-    lengths, kls, nlls, ends, pairs = [], [], [], [], []
-    for i in range(0, len(prompts), 128):
-        ids, mask = (x.to(device) for x in pad(prompts[i : i + 128], tokenizer.pad_token_id, "left"))
-        draws = torch.from_numpy(uniforms[i : i + 128]).to(device)
-        tokens, response, logprobs = sample(lm, ids, mask, draws, tokenizer.eos_token_id, tokenizer.pad_token_id,
-                                            args.temperature)  # fmt: skip
-        ids, mask = torch.cat((ids, tokens), 1), torch.cat((mask, response), 1)
-        ref_logprobs, _ = token_logprobs(reference, ids, mask, args.response_length, args.temperature)
-        kls.append(((logprobs - ref_logprobs) * response).sum(1))
-        nlls.append(-(ref_logprobs * response).sum())
-        lengths.append(response.sum(1))
-        ends.append((tokens == tokenizer.eos_token_id).mul(response).any(1))
-        heads = decode(tokenizer, prompts[i : i + 128])
-        pairs += zip(heads, decode(tokenizer, ids, mask), strict=True)
-    kl, length, texts = torch.cat(kls), torch.cat(lengths).float(), [text for _, text in pairs]
-    return {
-        "score": reward.score(texts).mean().item(), **judges(texts), "kl": kl.mean().item(),
-        "kl_interval": 1.96 * kl.std().item() / math.sqrt(len(kl)), "length": length.mean().item(),
-        "distinct_2": distinct_2([text[len(head) :] for head, text in pairs]),
-        "ref_perplexity": (sum(nlls) / length.sum()).exp().item(),
-        "ended": torch.cat(ends).float().mean().item(),
-    }, pairs  # fmt: skip
+    args: Args, tokenizer: Any, lm: nn.Module, reference: nn.Module, judges: dict[str, Callable], rows: list[dict]
+) -> tuple[dict[str, float], list[str]]:
+    """What lm makes of the prompts, with random numbers of its own: the measurements and the completions.
+
+    Of each judge the mean and the standard deviation; kl is that of whole texts, in nats, beside half the width
+    of its 95 % interval; length in tokens.
+    """
+    uniforms = np.random.default_rng([args.seed, 6]).random((len(rows), args.max_completion_length), np.float32)
+    kls, lengths, ends, texts = [], [], [], []
+    lm.eval()
+    for start in range(0, len(rows), 128):
+        part = slice(start, start + 128)
+        batch, written = write(args, tokenizer, lm, rows[part], uniforms[part])
+        with without_adapter(reference):
+            ids, seen, width = batch["ids"], batch["seen"], uniforms.shape[1]
+            ref_logprobs, _ = token_logprobs(reference, ids, seen, width, args.temperature)
+        kls.append(((batch["logprobs"] - ref_logprobs) * batch["mask"]).sum(1))
+        lengths.append(batch["mask"].sum(1).float())
+        ends.append(batch["ended"])
+        texts += written
+    lm.train(args.gradient_checkpointing)
+    kl, results = torch.cat(kls), {}
+    for name, judge in judges.items():
+        scores = score(judge, rows, texts)
+        results |= {name: scores.mean().item(), f"{name}_std": scores.std().item()}
+    results |= {"kl": kl.mean().item(), "kl_interval": 1.96 * kl.std().item() / math.sqrt(len(kl))}
+    results |= {"length": torch.cat(lengths).mean().item(), "distinct_2": distinct_2(texts)}
+    return results | {"ended": torch.cat(ends).mean().item()}, texts
 
 
-def compare(
-    args: Any, tokenizer: Any, lm: nn.Module, reference: nn.Module, prompts: list[list[int]], reward: Any,
-    judges: Judges, folder: Path,
-) -> dict[str, Any]:  # fmt: skip
-    """Measures the reference and the trained model on the same held-out prompts; writes and prints samples."""
-    prompts = prompts[: args.eval_episodes]
-    before, texts_before = evaluate(args, tokenizer, reference, reference, prompts, reward, judges)
-    after, texts_after = evaluate(args, tokenizer, lm, reference, prompts, reward, judges)
-    lines = ["# Held-out prompts, continued before and after training", ""]
-    for (head, old), (_, new) in list(zip(texts_before, texts_after, strict=True))[:32]:
-        lines += [f"**{head}**", f"- before: {old[len(head) :].strip()}", f"- after: {new[len(head) :].strip()}", ""]
+def write_samples(folder: Path, rows: list[dict], before: list[str], after: list[str]) -> None:
+    """The first completions before and after training, in samples.md and on the screen."""
+    triples = list(zip(rows, before, after, strict=False))[:32]
+    lines = [f"**{row['prompt']}**\n- before: {old.strip()}\n- after: {new.strip()}\n" for row, old, new in triples]
     (folder / "samples.md").write_text("\n".join(lines), encoding="utf-8")
-    print("\n".join(lines[2:26]))
-    shown = ("score", "judge", "vader", "kl", "length", "distinct_2")
-    print(" ".join(f"{name} {before[name]:.2f} → {after[name]:.2f}" for name in shown if after[name] is not None))
-    return {"before": before, "after": after}
+    print("\n".join(lines[:6]))
 
 
-def evaluate_saved(args: Args) -> None:
-    """--eval: rebuilds the saved models, lets them write and prints the measurements."""
-    validate(args)
-    saved, folder = load_checkpoint(args.eval), checkpoint_path(args.eval).parent
-    if saved["stage"] != "ppo":
-        fail(f"{args.eval} was interrupted before PPO; finish it with --resume")
-    device = pick_device(args.device, auto="cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer, policy = load_lm(args.model)
-    agent = ActorCritic(policy, args.separate_value).to(device)
-    reference = copy.deepcopy(policy)
-    reward = Reward(args.reward_model, policy, tokenizer, args.reward_label).to(device)
-    restore(saved["networks"], agent=agent, reference=reference, reward=reward)
-    prompts = make_prompts(args, tokenizer, load_split(args.dataset, args.eval_split))
-    compare(args, tokenizer, policy, reference, prompts, reward, Judges(args), folder)
+def evaluate_saved(args: Args, run: Run, device: torch.device, saved_agent: Late, results: dict) -> dict[str, float]:
+    """--eval: the saved policy on the held-out prompts."""
+    if "before" not in results:
+        fail(f"{run.folder} was interrupted before PPO; finish it with --resume")
+    sft_model, reward_model = stage_folders(args, run.folder)
+    tokenizer, agent, reference = load_agent(args, sft_model, device)
+    saved_agent.set(Trained(agent))
+    judges = load_judges(args, reward_model, device)
+    judges["reward"] = scaled(judges["reward"], *results["reward_scale"])
+    rows = load_rows(args, tokenizer, args.eval_split)[: args.eval_episodes]
+    return evaluate(args, tokenizer, agent.policy, reference, judges, rows)[0]
 
 
 # 7. Run record ----------------------------------------------------------------------------------
-# Command line, seeds, checkpoints and the run folder. The same text in every script: a reader who
-# has read it once may skip it.
+# Settings, checkpoint and run folder. The same text in every script: read it once, then skip it.
 
 
 def fail(message: object, status: int = 2) -> NoReturn:
@@ -1109,62 +992,47 @@ def fail(message: object, status: int = 2) -> NoReturn:
     raise SystemExit(status)
 
 
-def parse_args(cls: type, presets: dict[str, dict[str, Any]], argv: list[str] | None = None) -> Any:
-    """Settings from the command line: flag > saved run (--eval, --resume) or preset > default."""
-
-    def parse(default: Any) -> Any:
-        errors = io.StringIO()
-        try:
-            with contextlib.redirect_stderr(errors):
-                return tyro.cli(cls, args=argv, default=default, description=(__doc__ or "").split("\n")[0])
-        except SystemExit as stop:
-            if not stop.code:  # --help
-                raise
-            box = re.sub(r"[│─╭╮╰╯]|-{5,}", " ", errors.getvalue())  # tyro's message stands in a box,
-            message = box.partition("\n")[2].strip()  # under a title
-            fail(re.split(r"\n\s*\n", message)[0].rstrip(" .") + "; --help lists every flag")  # and above a rule
-
-    args = parse(cls())
-    if path := args.eval or args.resume:
-        try:
-            return parse(cls(**load_checkpoint(path)["args"]))
-        except TypeError as error:
-            fail(f"{path} was saved with other settings than this version of the script has: {error}")
-    name = getattr(args, "env", None)
-    if name not in presets:
-        return args
-    print(f"preset for {name}: " + " ".join(f"--{k.replace('_', '-')} {v}" for k, v in presets[name].items()))
-    return parse(dataclasses.replace(cls(), **presets[name]))
+def check(args: Args, rule: Literal["> 0", ">= 0", "in [0, 1]"], *names: str) -> None:
+    """Ends the program with one line if one of these settings breaks the rule; None is no value and passes."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and not {"> 0": value > 0, ">= 0": value >= 0, "in [0, 1]": 0 <= value <= 1}[rule]:
+            fail(f"--{name.replace('_', '-')} must be {rule}, not {value}")
 
 
-def pick_device(name: str, auto: str) -> torch.device:
-    """The torch device called name, or the one that suits this script for "auto"."""
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    name = auto if name == "auto" else name
+def pick_device(name: str) -> torch.device:
+    """The device of this name; auto is a GPU if there is one."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(device for device, there in available.items() if there)
     if not available[name]:
         fail(f"--device {name} is not available on this machine; use --device cpu")
-    if name == "cpu":
-        torch.set_num_threads(1)  # small matrices: more threads only wait for each other
     return torch.device(name)
 
 
-def seed_everything(seed: int) -> np.random.Generator:
-    """Seeds Python and torch once, and returns the NumPy generator that the script draws from."""
-    random.seed(seed)
-    torch.manual_seed(seed)
-    return np.random.default_rng(seed)
-
-
-def checkpoint_path(path: str) -> Path:
-    """model.pt of a run folder, or the file itself."""
-    return Path(path) / "model.pt" if Path(path).is_dir() else Path(path)
+def parse_args(argv: list[str] | None = None) -> Args:
+    """Settings: flag > saved run (with --eval, --resume) > preset of the environment > default."""
+    about = (__doc__ or "").split("\n")[0]
+    args = tyro.cli(Args, args=argv, description=about)
+    name, path = getattr(args, "env", ""), args.eval or args.resume
+    if path:
+        defaults = load_checkpoint(path)["args"] | {"eval": None, "resume": None}
+    elif defaults := PRESETS.get(name, {}):
+        print(f"preset for {name}: " + " ".join(f"--{k.replace('_', '-')} {v}" for k, v in defaults.items()))
+    try:
+        args = tyro.cli(Args, args=argv, default=Args(**defaults), description=about)
+    except TypeError as error:
+        fail(f"{path} was saved with other settings than this version of the script has: {error}")
+    if not 0 <= args.seed < 2**31:
+        fail(f"--seed must be in [0, 2147483647], not {args.seed}")
+    return args
 
 
 def load_checkpoint(path: str) -> dict[str, Any]:
-    """A dictionary of tensors and plain values; loading it runs no code."""
-    file = checkpoint_path(path)
+    """The model.pt of a run folder, tensors and plain values; loading it runs no code."""
+    file = Path(path, "model.pt") if Path(path).is_dir() else Path(path)
     if not file.is_file():
-        fail(f"there is no saved model at {file}; give a run folder or its model.pt")
+        fail(f"there is no saved model at {file}; give a run folder")
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True)
         script = saved["script"]
@@ -1175,210 +1043,185 @@ def load_checkpoint(path: str) -> dict[str, Any]:
     return saved
 
 
-def restore(saved: dict[str, Any], **parts: Any) -> None:
-    """restore(saved, agent=agent) is agent.load_state_dict(saved["agent"]), or one line if it does not fit."""
-    for name, part in parts.items():
-        try:
-            part.load_state_dict(saved[name])
-        except (KeyError, RuntimeError, ValueError):
-            fail(f"the saved {name} does not fit these flags; use the environment and sizes it was trained with")
+class Progress:
+    """The progress of one stage: a bar on a terminal, ten plain lines elsewhere."""
+
+    def __init__(self, stage: str, total: int, done: int = 0):
+        self.stage, self.total, self.first, self.done = stage, total, done, done
+        self.started, shown = time.perf_counter(), sys.stdout.isatty()
+        self.bar = tqdm(desc=stage, total=total, initial=done, unit_scale=True, file=sys.stdout, disable=not shown)
+
+    def update(self, done: int, text: str = "") -> None:
+        if self.bar.disable and done * 10 // self.total > self.done * 10 // self.total:
+            speed = (done - self.first) / (time.perf_counter() - self.started)
+            left = max(0, self.total - done) / speed
+            print(f"{self.stage} {done:,} of {self.total:,}  {text}  {speed:,.0f}/s  {left:.0f} s left", flush=True)
+        self.bar.set_postfix_str(text, refresh=False)
+        self.bar.update(done - self.done)
+        self.done = done
+
+    def close(self) -> None:
+        self.bar.close()
 
 
-class RunRecord:
-    """The run folder of one training, a context manager around its loop.
+class Run:
+    """The folder of one run, and a context manager around its training loop.
 
     config.json    every setting, versions, device
-    metrics.csv    a row per report; charts/episodic_* are means over the last 100 finished episodes
-    model.pt       state() and what resuming needs; at the first report, every 20 s, at the end, on Ctrl-C
-    curves.png     the metrics named in curves
-    summary.json   the result
+    metrics.csv    one row per report; charts/episodic_* are means over the last 100 training episodes
+    model.pt       the parts by name (anything with state_dict) and the record, whole or not at all:
+                   at the first report, every 20 s, at the end, on Ctrl-C
+    summary.json, curves.png    the result
     """
 
     def __init__(
-        self, args: Any, name: str, total: int, device: torch.device, state: Callable[[], dict[str, Any]],
-        curves: tuple[str, ...], saved: dict[str, Any] | None = None, threshold: float | None = None,
-    ):  # fmt: skip
-        self.args, self.name, self.total, self.state, self.curves = args, name, total, state, curves
-        self.threshold, self.columns = threshold, []
-        self.script = Path(__file__).stem
-        record = saved["record"] if saved else {"step": 0, "seconds": 0.0, "solved": None, "returns": [], "lengths": []}
-        self.step, self.seconds, self.solved = record["step"], record["seconds"], record["solved"]
-        self.returns, self.lengths = deque(record["returns"], 100), deque(record["lengths"], 100)
-        if args.track:
+        self, args: Args, name: str, total: int, threshold: float | None = None, episodes: bool = True, **parts: Any
+    ):
+        self.args, self.name, self.total, self.threshold, self.parts = args, name, total, threshold, parts
+        self.script, self.wandb = Path(__file__).stem, None
+        self.step, self.seconds, self.solved, self.rows = 0, 0.0, None, []
+        self.last100 = {"return": deque(maxlen=100), "length": deque(maxlen=100)} if episodes else {}
+        if path := args.eval or args.resume:
+            saved = load_checkpoint(path)
+            self.folder = Path(path) if Path(path).is_dir() else Path(path).parent
+            self.step, self.seconds, self.solved, self.rows = (saved[k] for k in ("step", "seconds", "solved", "rows"))
+            for kind, values in self.last100.items():
+                values.extend(saved["last100"][kind])
+            for part in parts:
+                try:
+                    parts[part].load_state_dict(saved["parts"][part])
+                except (KeyError, RuntimeError, ValueError):
+                    fail(f"the saved {part} does not fit these flags; use the environment and sizes of its training")
+
+    def __enter__(self) -> Run:
+        if self.args.track:
             try:
                 import wandb
             except ImportError:
                 fail("--track needs the package wandb: pip install wandb")
+        modules = [sys.modules[name] for name in ("torch", "numpy", "gymnasium", "transformers") if name in sys.modules]
+        config = {"script": self.script, "args": dataclasses.asdict(self.args), "python": platform.python_version()}
+        config |= {"device": str(pick_device(self.args.device))} | {m.__name__: m.__version__ for m in modules}
         try:
-            self.folder = checkpoint_path(args.resume).parent if saved else self._new_folder()
-            libraries = {"torch", "numpy", "gymnasium", "transformers", "trl"} & set(sys.modules)
-            versions = {name: sys.modules[name].__version__ for name in sorted(libraries)}
-            config = {"script": self.script, "args": dataclasses.asdict(args), "device": str(device),
-                      "python": platform.python_version(), "platform": platform.platform(), **versions}  # fmt: skip
-            (self.folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-            if saved:
-                self._drop_rows_after(self.step)
-            self.csv = (self.folder / "metrics.csv").open("a", newline="", encoding="utf-8")
+            if not self.args.resume:
+                stem = f"{self.name}__{self.script}__{self.args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+                self.folder = Path(self.args.run_dir, re.sub(r"[^\w.-]+", "-", stem))
+                while self.folder.exists():
+                    self.folder = self.folder.with_name(self.folder.name + "-2")
+                self.folder.mkdir(parents=True)
+            (self.folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+            self.csv = (self.folder / "metrics.csv").open("w", newline="", encoding="utf-8")
         except OSError as error:
             fail(f"cannot write the run folder: {error}")
-        self.video_folder = self.folder / "videos" if getattr(args, "capture_video", False) else None
-        self.wandb = None
-        if args.track:
+        if self.args.track:
             try:
-                self.wandb = wandb.init(project=args.wandb_project, entity=args.wandb_entity, name=self.folder.name,
-                                        config=dataclasses.asdict(args), dir=str(self.folder))  # fmt: skip
+                self.wandb = wandb.init(name=self.folder.name, dir=self.folder, config=config)
             except wandb.Error as error:
                 fail(f"Weights & Biases: {error} WANDB_MODE=offline needs no account. Nothing was trained")
-
-    def _new_folder(self) -> Path:
-        stem = f"{self.name.replace('/', '-')}__{self.script}__{self.args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-        for suffix in ("", *(f"-{n}" for n in range(2, 1000))):
-            with contextlib.suppress(FileExistsError):
-                folder = Path(self.args.run_dir) / (stem + suffix)
-                folder.mkdir(parents=True)
-                return folder
-        raise OSError(f"{stem} is taken")
-
-    def _drop_rows_after(self, step: int) -> None:
-        """Cuts metrics.csv back to the checkpoint that is resumed."""
-        rows = (self.folder / "metrics.csv").read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [row for row in rows[1:] if row.endswith("\n") and int(row.split(",")[0]) <= step]
-        (self.folder / "metrics.csv.tmp").write_text("".join(rows[:1] + kept), encoding="utf-8")
-        os.replace(self.folder / "metrics.csv.tmp", self.folder / "metrics.csv")
-
-    def __enter__(self) -> RunRecord:
-        self.started = self.reported = time.perf_counter()
-        self.started -= self.seconds
-        self.saved = -math.inf
-        self.bar = tqdm(total=self.total, initial=self.step, unit=" steps", unit_scale=True, file=sys.stdout,
-                        disable=not sys.stdout.isatty(), dynamic_ncols=True)  # fmt: skip
+        for row in self.rows:  # of the run that is resumed
+            self._write(row)
+        self.progress = Progress("training", self.total, self.step)
+        self.reported, self.saved = time.perf_counter(), -math.inf
+        self.started = self.reported - self.seconds
         return self
 
-    def episode(self, step: int, episodic_return: float, length: int) -> None:
-        """Notes a finished training episode, and the moment the threshold is first reached."""
-        self.returns.append(float(episodic_return))
-        self.lengths.append(int(length))
-        if self.threshold is None or self.solved or len(self.returns) < 100:
-            return
-        if sum(self.returns) / 100 >= self.threshold:
-            self.solved = [step, time.perf_counter() - self.started]
+    def episode(self, episodic_return: float, length: int) -> None:
+        """Notes a finished training episode."""
+        self.last100["return"].append(float(episodic_return))
+        self.last100["length"].append(int(length))
 
     def report(self, step: int, metrics: dict[str, float | None]) -> None:
-        """Writes one row of metrics; None stands for "nothing yet". Ends the run on a loss that is not finite."""
-        for key, value in metrics.items():
-            if key.startswith("losses/") and value is not None and not math.isfinite(value):
-                self._stop(f"{key} is {value} at step {step}")
+        """Adds a row of metrics, None for "nothing yet", the headline first. One that is not finite ends the run."""
         now = time.perf_counter()
-        self.seconds, sps = now - self.started, (step - self.step) / (now - self.reported)
-        row: dict[str, Any] = {"step": step, "seconds": round(self.seconds, 3), "charts/SPS": round(sps)}
-        if "charts/episodic_return" in self.curves:  # a script without episodes has no such columns
-            row["charts/episodic_return"] = sum(self.returns) / len(self.returns) if self.returns else None
-            row["charts/episodic_length"] = sum(self.lengths) / len(self.lengths) if self.lengths else None
-        row |= metrics
-        self.columns = self.columns or list(row)
-        assert list(row) == self.columns, "every report has the same metrics; None where there is nothing yet"
-        writer = csv.writer(self.csv, lineterminator="\n")
-        if self.csv.tell() == 0:
-            writer.writerow(self.columns)
-        writer.writerow(row.values())
-        self.csv.flush()
-        first = row.get(self.curves[0])  # the metric that matters most
-        shown = "" if first is None else f"{self.curves[0].split('_')[-1].split('/')[-1]} {first:.4g}"
-        self.bar.set_postfix_str(shown, refresh=False)
-        self.bar.update(step - self.step)
-        if self.bar.disable and step * 10 // self.total > self.step * 10 // self.total:
-            left = self.seconds / step * (self.total - step)
-            progress = f"step {step:,} of {self.total:,}"
-            print(f"{progress}  {shown}  {sps:,.0f} steps/s  {max(left, 0):.0f} s left", flush=True)
+        self.seconds, speed = now - self.started, (step - self.step) / (now - self.reported)
+        means = {f"charts/episodic_{kind}": sum(v) / len(v) if v else None for kind, v in self.last100.items()}
+        row = {"step": step, "seconds": round(self.seconds, 3), "charts/SPS": round(speed), **means, **metrics}
+        for key, value in row.items():
+            if value is not None and not math.isfinite(value):
+                self._stop(f"{key} is {value} at step {step}")
+        self.step, self.reported = step, now
+        self.rows.append(row)
+        self._write(row)
+        headline, value = next(iter((means or metrics).items()))
+        self.progress.update(step, "" if value is None else f"{headline.split('/')[-1]} {value:.4g}")
+        if self.threshold is not None and not self.solved and len(self.last100["return"]) == 100:
+            self.solved = [step, self.seconds] if value >= self.threshold else None
         if self.wandb:
             self.wandb.log({k: v for k, v in row.items() if v is not None}, step=step)
-        self.step, self.reported = step, now
         if now - self.saved > 20:
             self.save()
+
+    def _write(self, row: dict[str, float | None]) -> None:
+        writer = csv.DictWriter(self.csv, list(self.rows[0]), lineterminator="\n")
+        if self.csv.tell() == 0:
+            writer.writeheader()
+        writer.writerow(row)
+        self.csv.flush()
 
     def _stop(self, reason: str) -> NoReturn:
         file = self.folder / "model.pt"
         fail(f"{reason}; " + (f"the last good checkpoint is {file}" if file.exists() else "nothing was saved yet"), 1)
 
     def save(self) -> None:
-        """Writes model.pt whole or not at all, and never over a good one with weights that are not finite."""
-        state = self.state()
-        for name, part in (state | state.get("networks", {})).items():
-            for tensor in part.values() if isinstance(part, dict) else ():
-                if isinstance(tensor, torch.Tensor) and not tensor.isfinite().all():
-                    self._stop(f"the {name} is not finite at step {self.step}")
-        record = {"step": self.step, "seconds": self.seconds, "solved": self.solved,
-                  "returns": list(self.returns), "lengths": list(self.lengths)}  # fmt: skip
-        content = {"script": self.script, "args": dataclasses.asdict(self.args), "record": record, **state}
+        """Writes model.pt, unless a weight is not finite."""
+        states = {name: part.state_dict() for name, part in self.parts.items()}
+        for name, state in states.items():
+            if not all(v.isfinite().all() for v in state.values() if isinstance(v, torch.Tensor)):
+                self._stop(f"the {name} is not finite at step {self.step}")
+        content = {"script": self.script, "args": dataclasses.asdict(self.args), "parts": states, "rows": self.rows}
+        content |= {"step": self.step, "seconds": self.seconds, "solved": self.solved}
+        content |= {"last100": {kind: list(values) for kind, values in self.last100.items()}}
         torch.save(content, self.folder / "model.pt.tmp")
         os.replace(self.folder / "model.pt.tmp", self.folder / "model.pt")
         self.saved = time.perf_counter()
 
-    def finish(self, evaluate: Callable[[], np.ndarray] | None, **results: Any) -> None:
-        """Saves the model, evaluates it, and writes summary.json, curves.png and the last line."""
-        self.save()
-        self.bar.close()
-        self.draw()
-        summary: dict[str, Any] = {"script": self.script, "env": self.name, "seed": self.args.seed, "steps": self.step}
-        summary |= {"train_seconds": round(self.seconds, 3), "sps": round(self.step / max(self.seconds, 1e-9))}
-        headline = []
-        if evaluate is not None:
-            scores = evaluate()
-            summary |= {"eval_episodes": len(scores), "eval_return_mean": float(scores.mean()),
-                        "eval_return_std": float(scores.std())}  # fmt: skip
-            headline.append(f"{len(scores)} evaluation episodes: return {scores.mean():.1f} ± {scores.std():.1f}")
-        if self.threshold is not None:
-            solved_step, solved_seconds = self.solved or (None, None)
-            summary |= {"solved_step": solved_step, "solved_seconds": solved_seconds and round(solved_seconds, 3)}
-            headline.append(f"threshold {self.threshold:g} reached after {solved_seconds:.2f} s" if self.solved
-                            else f"threshold {self.threshold:g} not reached")  # fmt: skip
-        summary |= results
-        headline += [f"{key} {value:.4g}" for key, value in results.items() if isinstance(value, float)]
-        (self.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-        if self.wandb:
-            self.wandb.summary.update(summary)
-        print(" · ".join([*headline, f"{self.seconds:.1f} s of training", str(self.folder)]))
-
-    def draw(self) -> None:
-        """curves.png: the metrics named in curves, against steps."""
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-
-        with open(self.folder / "metrics.csv", newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-        columns = min(3, len(self.curves))
-        height = math.ceil(len(self.curves) / columns)
-        size = (4.2 * columns, 2.9 * height)
-        figure, axes = plt.subplots(height, columns, figsize=size, squeeze=False, layout="constrained")
-        for axis, key in zip(axes.flat, self.curves, strict=False):
-            points = [(int(row["step"]), float(row[key])) for row in rows if row.get(key)]
-            if points:
-                axis.plot(*zip(*points, strict=True), color="#2a6f97", linewidth=1.6)
-            if key == "charts/episodic_return" and self.threshold is not None:
-                axis.axhline(self.threshold, color="#c1121f", linewidth=1, linestyle="--", label="solved")
-                axis.legend(frameon=False, loc="lower right")
-            axis.set_title(key.split("/")[-1].replace("_", " "), fontsize=11)
-            axis.grid(alpha=0.25)
-            axis.spines[["top", "right"]].set_visible(False)
-            axis.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
-        for axis in axes.flat[len(self.curves) :]:
-            axis.set_visible(False)
-        figure.supxlabel("steps", fontsize=11)
-        figure.suptitle(f"{self.name} · {self.script} · seed {self.args.seed}", fontsize=12)
-        figure.savefig(self.folder / "curves.png", dpi=120)
-        plt.close(figure)
-
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        self.bar.close()
-        if kind is KeyboardInterrupt:
-            self.save()
+        self.progress.close()
         self.csv.close()
-        if self.wandb:
-            self.wandb.finish(exit_code=0 if kind is None else 1)
+        if kind in (None, KeyboardInterrupt):
+            self.save()
+        if kind and self.wandb:
+            self.wandb.finish(exit_code=1)
         if kind is KeyboardInterrupt:
             fail(f"interrupted at step {self.step}; go on with --resume {self.folder}", 130)
+
+    def finish(self, returns: np.ndarray | None = None, **results: Any) -> Path:
+        """Prints the result; after training it writes summary.json and curves.png too. Returns the folder."""
+        line = [f"{key.replace('_', ' ')} {value:.4g}" for key, value in results.items() if isinstance(value, float)]
+        if returns is not None:
+            mean, std = float(returns.mean()), float(returns.std())
+            line.insert(0, f"{len(returns)} evaluation episodes: return {mean:.1f} ± {std:.1f}")
+            results |= {"eval_episodes": len(returns), "eval_return_mean": mean, "eval_return_std": std}
+        if self.threshold is not None:
+            step, seconds = self.solved or (None, None)
+            line.append(f"threshold {self.threshold:g} " + (f"after {seconds:.2f} s" if self.solved else "not reached"))
+            results |= {"solved_step": step, "solved_seconds": seconds}
+        print(*line, f"{self.seconds:.1f} s of training", self.folder, sep=" · ")
+        if self.args.eval:
+            return self.folder
+        summary = {"script": self.script, "env": self.name, "seed": self.args.seed, "steps": self.step}
+        summary |= {"train_seconds": self.seconds, "sps": round(self.step / max(self.seconds, 1e-9))} | results
+        (self.folder / "summary.json").write_text(json.dumps(summary, indent=2), encoding="utf-8")
+        self._draw()
+        if self.wandb:
+            self.wandb.summary.update(summary)
+            self.wandb.finish()
+        return self.folder
+
+    def _draw(self) -> None:
+        from matplotlib.figure import Figure
+
+        keys = [key for key in self.rows[0] if key != "step" and any(row[key] is not None for row in self.rows)]
+        figure = Figure(figsize=(16, 3 * math.ceil(len(keys) / 4)), layout="constrained")
+        for place, key in enumerate(keys, start=1):
+            axis = figure.add_subplot(math.ceil(len(keys) / 4), 4, place, title=key)
+            axis.plot([row["step"] for row in self.rows], np.array([row[key] for row in self.rows], float))
+            if key == "charts/episodic_return" and self.threshold is not None:
+                axis.axhline(self.threshold, color="tab:red", linestyle="--")
+            axis.locator_params(nbins=5)
+            axis.grid(alpha=0.3)
+        figure.suptitle(f"{self.name} · {self.script} · seed {self.args.seed}")
+        figure.savefig(self.folder / "curves.png")
 
 
 # 8. Command line --------------------------------------------------------------------------------
@@ -1386,5 +1229,7 @@ class RunRecord:
 if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to stop
-    settings = parse_args(Args, PRESETS)
-    evaluate_saved(settings) if settings.eval else train(settings)
+    try:
+        train(parse_args())
+    except KeyboardInterrupt:
+        fail("interrupted", 130)

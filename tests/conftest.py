@@ -11,9 +11,6 @@ SCRIPTS = sorted(
     path.relative_to(ROOT).as_posix() for folder in ("algos", "rlhf") for path in (ROOT / folder).glob("*.py")
 )
 
-# Scripts that still have the first house's record keeping; the others share that of algos/ppo.py.
-FIRST_HOUSE = ["rlhf/dpo.py", "rlhf/pretrain.py", "rlhf/rlhf_ppo.py"]
-
 # What makes a run of a script tiny: a second or two, with several reports. A script that is not named
 # here gets DEFAULT_TINY, so a new one is tested by being there.
 DEFAULT_TINY = "--total-timesteps 10000 --eval-episodes 2"
@@ -21,14 +18,14 @@ TINY = {
     "algos/dynamic_programming.py": "--total-timesteps 50 --eval-episodes 2",
     "algos/dqn_atari.py": "--total-timesteps 400 --eval-episodes 1 --frame-skip 30 --num-envs 2 --buffer-size 2000"
     " --learning-starts 100 --train-frequency 32 --batch-size 8",
-    "rlhf/dpo.py": "--total-episodes 256 --eval-episodes 16 --eval-every 4 --batch-size 64 --response-length 6"
-    " --num-pairs 64 --num-samples 2 --sft-epochs 0 --reward-epochs 1 --judge-split None",
+    "rlhf/dpo.py": "--train-split train[:300] --eval-split test[:40] --total-episodes 128 --eval-episodes 16"
+    " --eval-every 4 --batch-size 16 --max-completion-length 16",
     "rlhf/grpo.py": "--warmup-steps 2 --total-episodes 64 --num-prompts 4 --group-size 4 --eval-episodes 4"
     " --eval-samples 2 --eval-every 2 --max-completion-length 12",
     "rlhf/pretrain.py": "--total-episodes 1280 --eval-episodes 8 --report-every 320 --valid-every 640"
     " --hidden 32 --layers 1 --heads 2 --max-vocab 500",
-    "rlhf/rlhf_ppo.py": "--total-episodes 64 --eval-episodes 16 --eval-every 4 --batch-size 16 --response-length 6"
-    " --sft-epochs 0 --reward-epochs 1 --judge-split None",
+    "rlhf/rlhf_ppo.py": "--train-split train[:100] --reward-split train[:100] --eval-split test[:40]"
+    " --total-episodes 64 --eval-episodes 16 --eval-every 4 --batch-size 16 --max-completion-length 16",
 }
 
 # The tests of one script share its tiny run, so pytest-xdist gives them to one worker.
@@ -52,14 +49,12 @@ def tiny(script: str) -> list[str]:
 
 def parse_flags(script: str, *flags: object):
     """The settings that the flags, presets and defaults give."""
-    module, argv = load_script(script), [str(flag) for flag in flags]
-    return module.parse_args(module.Args, module.PRESETS, argv) if script in FIRST_HOUSE else module.parse_args(argv)
+    return load_script(script).parse_args([str(flag) for flag in flags])
 
 
-def run_script(script: str, *flags: object) -> Path | None:
-    """What `python script flags` does, without starting a process; the run folder, if it trained."""
-    module, args = load_script(script), parse_flags(script, *flags)
-    return module.evaluate_saved(args) if script in FIRST_HOUSE and args.eval else module.train(args)
+def run_script(script: str, *flags: object) -> Path:
+    """What `python script flags` does, without starting a process; the run folder."""
+    return load_script(script).train(parse_flags(script, *flags))
 
 
 @pytest.fixture(scope="session")

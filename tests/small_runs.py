@@ -83,8 +83,7 @@ def check_one_line_of_error(run, message, capsys, folder):
 
 def interrupt_at_report(script, monkeypatch, count, run):
     """Runs run() until the script's count-th report, saves there, and presses Ctrl-C."""
-    run_class = getattr(script, "Run", None) or script.RunRecord  # the first house's name
-    report, calls = run_class.report, []
+    report, calls = script.Run.report, []
 
     def stop(self, step, metrics):
         report(self, step, metrics)
@@ -94,6 +93,6 @@ def interrupt_at_report(script, monkeypatch, count, run):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_class, "report", stop)
+        patch.setattr(script.Run, "report", stop)
         with pytest.raises(SystemExit):
             run()

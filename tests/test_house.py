@@ -19,7 +19,7 @@ import gymnasium as gym
 import matplotlib.image
 import pytest
 import torch
-from conftest import DEFAULT_TINY, FIRST_HOUSE, ROOT, SCRIPTS, TINY, each_script, load_script, run_script, tiny
+from conftest import DEFAULT_TINY, ROOT, SCRIPTS, TINY, each_script, load_script, run_script, tiny
 
 # Flags for a run that goes on until it is stopped.
 DEFAULT_ENDLESS = "--total-timesteps 100000000"
@@ -46,9 +46,12 @@ EXPLODE = {
 # Functions that are the same text wherever they occur. The run record is checked as a whole.
 SHARED_FUNCTIONS = {"gae": ("algos/ppo.py", "algos/a2c_gae.py", "algos/ppo_masks.py")}
 
-# What the two scripts of preferences define under one name is one text, bar the parts that make them two.
-PREFERENCE_SCRIPTS = ("rlhf/rlhf_ppo.py", "rlhf/dpo.py")
-THEIR_OWN = {"Args", "validate", "train", "evaluate_saved"}
+# The scripts of language models define one thing under one name, bar what makes each what it is.
+LANGUAGE_SCRIPTS = ("rlhf/rlhf_ppo.py", "rlhf/dpo.py", "rlhf/grpo.py", "rlhf/pretrain.py")
+THEIR_OWN = {"Args", "train", "evaluate", "try_once", "encode", "load_rows", "token_logprobs", "sample",
+             "distinct_2", "score", "load_reward", "rollout", "summarize"}  # fmt: skip
+OF_TWO = {"encode", "load_lm", "load_rows", "token_logprobs", "sample", "evaluate", "distinct_2", "save_pretrained",
+          "score", "as_texts", "unusable", "write", "trainable", "own_parts", "take_step", "Trained"}  # fmt: skip
 
 RUN_RECORD = "# 7. Run record"
 CLOCK = ("seconds", "charts/SPS")
@@ -106,7 +109,8 @@ def data_flags(script: str) -> list[str]:
     if not script.startswith("rlhf/"):
         return []
     args = load_script(script).Args()
-    return ["--model", args.model, "--dataset", args.dataset]
+    return [flag for name in ("model", "dataset", "gold") if hasattr(args, name)
+            for flag in (f"--{name}", getattr(args, name))]  # fmt: skip
 
 
 # The text of the scripts -----------------------------------------------------------------------------
@@ -137,8 +141,7 @@ def test_header_opens_the_file(script):
 @each_script
 def test_run_record_is_the_same_text_everywhere(script):
     assert source(script).count(RUN_RECORD) == 1
-    reference = source("rlhf/dpo.py" if script in FIRST_HOUSE else "algos/ppo.py")
-    assert source(script).partition(RUN_RECORD)[2] == reference.partition(RUN_RECORD)[2]
+    assert source(script).partition(RUN_RECORD)[2] == source("algos/ppo.py").partition(RUN_RECORD)[2]
 
 
 @pytest.mark.parametrize("name", SHARED_FUNCTIONS)
@@ -152,25 +155,31 @@ def test_shared_function_is_the_same_text(name):
     assert len(texts) == 1
 
 
-def test_preference_scripts_share_data_models_and_judges():
-    definitions = []
-    for script in PREFERENCE_SCRIPTS:
-        nodes = [n for n in ast.parse(source(script)).body if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
-        lines = source(script).splitlines()
-        first = {n.name: min(part.lineno for part in (n, *n.decorator_list)) - 1 for n in nodes}
-        definitions.append({n.name: lines[first[n.name] : n.end_lineno] for n in nodes})
-    shared = set(definitions[0]) & set(definitions[1]) - THEIR_OWN
-    assert {"load_split", "encode", "token_logprobs", "sample", "Reward", "sft_loss", "fit", "Judges", "evaluate",
-            "compare"} <= shared  # fmt: skip
-    for name in shared:
-        assert definitions[0][name] == definitions[1][name], name
+def definitions(script: str) -> dict[str, list[str]]:
+    """The lines of every function and class of a script, decorators included."""
+    lines = source(script).splitlines()
+    nodes = [n for n in ast.parse(source(script)).body if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
+    first = {n.name: min(part.lineno for part in (n, *n.decorator_list)) - 1 for n in nodes}
+    return {n.name: lines[first[n.name] : n.end_lineno] for n in nodes}
+
+
+def test_scripts_of_language_models_share_what_they_do_alike():
+    of = {script: definitions(script) for script in LANGUAGE_SCRIPTS}
+    preference, dpo = of["rlhf/rlhf_ppo.py"], of["rlhf/dpo.py"]
+    assert set(preference) & set(dpo) >= OF_TWO
+    for name in set(preference) & set(dpo) - {"Args", "train", "try_once", "summarize"}:
+        assert preference[name] == dpo[name], name
+    assert all("load_split" in of[script] for script in LANGUAGE_SCRIPTS)
+    for script in LANGUAGE_SCRIPTS:
+        for name in set(of[script]) & set(preference) - THEIR_OWN:
+            assert of[script][name] == preference[name], f"{script}: {name}"
 
 
 def test_preference_scripts_have_the_same_settings_where_they_mean_the_same():
     fields = [{f.name: (f.default, f.type) for f in dataclasses.fields(load_script(script).Args)}
-              for script in PREFERENCE_SCRIPTS]  # fmt: skip
+              for script in LANGUAGE_SCRIPTS[:2]]  # fmt: skip
     own = {"total_episodes", "batch_size", "learning_rate", "eval_every"}
-    assert len(shared := set(fields[0]) & set(fields[1]) - own) > 30
+    assert len(shared := set(fields[0]) & set(fields[1]) - own) > 20
     assert {name: fields[0][name] for name in shared} == {name: fields[1][name] for name in shared}
 
 
@@ -193,8 +202,7 @@ def test_common_flags_come_first_and_in_order(script):
     subject = ["model", "dataset"] if script.startswith("rlhf/") else ["env"]
     amount = next(name for name in ("total_timesteps", "total_episodes", "epochs") if name in fields)
     video = [] if script.startswith("rlhf/") else ["capture_video"]
-    wandb = ["wandb_project", "wandb_entity"] if script in FIRST_HOUSE else []
-    common = [*subject, "seed", amount, "device", "track", *wandb, "run_dir", *video, "eval", "resume", "eval_episodes"]
+    common = [*subject, "seed", amount, "device", "track", "run_dir", *video, "eval", "resume", "eval_episodes"]
     assert fields[: len(common)] == common
 
 
