@@ -44,7 +44,7 @@ EXPLODE = {
 }
 
 # Functions that are the same text wherever they occur. The run record is checked as a whole.
-SHARED_FUNCTIONS = {"gae": ("algos/ppo.py", "algos/a2c_gae.py", "algos/ppo_masks.py")}
+SHARED_FUNCTIONS = {"gae": ("algos/ppo.py", "algos/a2c_gae.py", "algos/ppo_masks.py", "algos/ppo_lstm.py")}
 
 # The scripts of language models define one thing under one name, bar what makes each what it is.
 LANGUAGE_SCRIPTS = ("rlhf/rlhf_ppo.py", "rlhf/dpo.py", "rlhf/grpo.py", "rlhf/pretrain.py")
