@@ -205,7 +205,7 @@ def encode(tokenizer: Any, prompt: str, completion: str) -> tuple[list[int], int
     """
     eos_id, rows = tokenizer.eos_token_id, tokenizer([prompt, prompt + completion])["input_ids"]
     for row in rows:
-        while row and row[-1] == eos_id:
+        while len(row) > 1 and row[-1] == eos_id:
             row.pop()
     start = len(os.path.commonprefix(rows))
     if start == 0:
@@ -232,7 +232,7 @@ def load_rows(args: Args, tokenizer: Any, split: str, needed: tuple[str, ...] = 
             row = row | split_text(row["text"], args.prompt_words) if whole else row
             prompt, texts = as_texts(tokenizer, row.get("prompt") or "", [row[name] for name in names])
             ids = tokenizer(prompt)["input_ids"]
-            while ids and ids[-1] == tokenizer.eos_token_id:
+            while len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
                 ids.pop()
             encoded = {f"{name}_ids": encode(tokenizer, prompt, text) for name, text in zip(names, texts, strict=True)}
             reason = unusable(args, ids, texts, list(encoded.values()), tokenizer)

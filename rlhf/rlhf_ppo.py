@@ -113,6 +113,7 @@ class Args:
     sft_learning_rate: float = 1e-4  # Adam's step size, lowered linearly to zero
     reward_model: str | None = None  # skips reward training: a sequence classifier (hub, folder) or path.py:function
     reward_label: int = -1  # which logit of a sequence classifier is the reward
+    normalize_reward: bool = True  # shift and scale rewards to mean 0 and deviation 1 on the SFT model's texts
     reward_epochs: int = 1  # passes over the pairs; more than one overfits easily
     reward_batch_size: int = 64  # pairs per step
     reward_learning_rate: float = 5e-4  # Adam's step size, lowered linearly to zero
@@ -202,7 +203,7 @@ def encode(tokenizer: Any, prompt: str, completion: str) -> tuple[list[int], int
     """
     eos_id, rows = tokenizer.eos_token_id, tokenizer([prompt, prompt + completion])["input_ids"]
     for row in rows:
-        while row and row[-1] == eos_id:
+        while len(row) > 1 and row[-1] == eos_id:
             row.pop()
     start = len(os.path.commonprefix(rows))
     if start == 0:
@@ -229,7 +230,7 @@ def load_rows(args: Args, tokenizer: Any, split: str, needed: tuple[str, ...] = 
             row = row | split_text(row["text"], args.prompt_words) if whole else row
             prompt, texts = as_texts(tokenizer, row.get("prompt") or "", [row[name] for name in names])
             ids = tokenizer(prompt)["input_ids"]
-            while ids and ids[-1] == tokenizer.eos_token_id:
+            while len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
                 ids.pop()
             encoded = {f"{name}_ids": encode(tokenizer, prompt, text) for name, text in zip(names, texts, strict=True)}
             reason = unusable(args, ids, texts, list(encoded.values()), tokenizer)
@@ -674,7 +675,9 @@ def ppo(
     saved_optimizer.set(optimizer)
     judges, test_rows = load_judges(args, reward_model, device), test_rows[: args.eval_episodes]
     if "before" not in results:
-        results["reward_scale"] = reward_scale(args, tokenizer, agent.policy, judges, rows)
+        results["reward_scale"] = (0.0, 1.0)
+        if args.normalize_reward:
+            results["reward_scale"] = reward_scale(args, tokenizer, agent.policy, judges, rows)
     judges["reward"] = scaled(judges["reward"], *results["reward_scale"])
     if "before" not in results:
         before = evaluate(args, tokenizer, agent.policy, reference, judges, test_rows)
@@ -692,52 +695,21 @@ def ppo(
         own = np.array_split(np.arange(args.batch_size), accelerator.num_processes)[accelerator.process_index]
         batch, texts = rollout(args, tokenizer, agent, reference, [drawn[n] for n in own], uniforms[own])
 
-        # Score: the reward on the last token, the price of the KL on every one.
+        # Score, and find out which tokens did better than expected.
         batch["scores"] = score(judges["reward"], [drawn[n] for n in own], texts).to(device)
         batch = {name: accelerator.pad_across_processes(x, dim=1, pad_first=True) for name, x in batch.items()}
         batch = {name: accelerator.gather(x) for name, x in batch.items()}
-        mask, values = batch["mask"], batch["values"]
-        scores = batch["scores"] - args.missing_eos_penalty * (1 - batch["ended"])
-        kl = (batch["logprobs"] - batch["ref_logprobs"]) * mask
-        rewards = token_rewards(scores, kl, mask, args.kl_coef)
-        advantages = gae(rewards, values, mask, args.gamma, args.gae_lambda)
-        returns = advantages + values * mask
-        batch |= {"returns": returns, "advantages": whiten(advantages, mask)}
+        add_advantages(args, batch)
 
         # Learn.
-        history = []
-        for _ in range(args.update_epochs):
-            for minibatch in np.split(rng.permutation(args.batch_size), args.num_minibatches):
-                num_tokens, sums = mask[minibatch].sum(), torch.zeros(4, device=device)
-                for part in own_parts(args, accelerator, minibatch):
-                    b = {name: x[part] for name, x in batch.items()}
-                    logprobs, new_values = agent(b["ids"], b["seen"], mask.shape[1], args.temperature)
-                    pg_loss, approx_kl, clipped = ppo_loss(
-                        logprobs, b["logprobs"], b["advantages"], b["mask"], args.clip_coef
-                    )
-                    v_loss = 0.5 * (new_values - b["returns"]) ** 2
-                    loss = masked_sum(pg_loss + args.vf_coef * v_loss, b["mask"]) / num_tokens
-                    loss.backward()
-                    parts = [masked_sum(x, b["mask"]) / num_tokens for x in (pg_loss, v_loss, approx_kl, clipped)]
-                    sums += torch.stack(parts).detach()
-                take_step(args, accelerator, optimizer)
-                history.append(accelerator.reduce(sums, "sum"))
-        pg_loss, v_loss, approx_kl, clipfrac = torch.stack(history).mean(0).tolist()
+        losses = update(args, accelerator, agent, optimizer, batch, rng)
 
         step += args.batch_size
         measured = {}
         if (len(run.rows) + 1) % args.eval_every == 0:
             measured, _ = evaluate(args, tokenizer, agent.policy, reference, judges, test_rows[:128])
-        residual, tokens = (returns - values)[mask > 0], mask.sum()
-        run.report(step, {
-            "objective/reward": batch["scores"].mean().item(), "objective/kl": kl.sum(1).mean().item(),
-            "objective/length": mask.sum(1).float().mean().item(),
-            "objective/ended": batch["ended"].mean().item(), "charts/learning_rate": lr,
-            "losses/policy_loss": pg_loss, "losses/value_loss": v_loss, "losses/approx_kl": approx_kl,
-            "losses/clipfrac": clipfrac, "losses/entropy": (-(batch["logprobs"] * mask).sum() / tokens).item(),
-            "losses/explained_variance": (1 - residual.var() / returns[mask > 0].var().clamp(min=1e-8)).item(),
-            **{f"eval/{name}": measured.get(name) for name in results["before"]},
-        })  # fmt: skip
+        measured = {f"eval/{name}": measured.get(name) for name in results["before"]}
+        run.report(step, {**summarize(batch), "charts/learning_rate": lr, **losses, **measured})
 
     after = evaluate(args, tokenizer, agent.policy, reference, judges, test_rows)
     results["after"], results["texts_after"] = after
@@ -760,6 +732,55 @@ def rollout(
         batch["ref_logprobs"], _ = token_logprobs(reference, batch["ids"], batch["seen"], width, args.temperature)
     agent.train(args.gradient_checkpointing)
     return batch, texts
+
+
+def add_advantages(args: Args, batch: dict[str, Tensor]) -> None:
+    """Adds kl, rewards, advantages and returns to a batch, [B, T] each: what the losses need."""
+    mask, values = batch["mask"], batch["values"]
+    scores = batch["scores"] - args.missing_eos_penalty * (1 - batch["ended"])
+    batch["kl"] = (batch["logprobs"] - batch["ref_logprobs"]) * mask  # its mean is the KL, without bias
+    batch["rewards"] = token_rewards(scores, batch["kl"], mask, args.kl_coef)
+    advantages = gae(batch["rewards"], values, mask, args.gamma, args.gae_lambda)
+    batch["returns"] = advantages + values * mask
+    batch["advantages"] = whiten(advantages, mask)
+
+
+def update(
+    args: Args, accelerator: Accelerator, agent: nn.Module, optimizer: torch.optim.Optimizer,
+    batch: dict[str, Tensor], rng: np.random.Generator,
+) -> dict[str, float]:  # fmt: skip
+    """The epochs of PPO on one batch; returns the means of what there is to see."""
+    history = []
+    for _ in range(args.update_epochs):
+        for minibatch in np.split(rng.permutation(len(batch["ids"])), args.num_minibatches):
+            num_tokens, sums = batch["mask"][minibatch].sum(), torch.zeros(4, device=accelerator.device)
+            for part in own_parts(args, accelerator, minibatch):
+                b = {name: x[part] for name, x in batch.items()}
+                mask = b["mask"]
+                logprobs, values = agent(b["ids"], b["seen"], mask.shape[1], args.temperature)
+                pg_loss, approx_kl, clipped = ppo_loss(logprobs, b["logprobs"], b["advantages"], mask, args.clip_coef)
+                v_loss = 0.5 * (values - b["returns"]) ** 2
+                loss = masked_sum(pg_loss + args.vf_coef * v_loss, mask) / num_tokens
+                loss.backward()
+                seen = [masked_sum(x, mask) / num_tokens for x in (pg_loss, v_loss, approx_kl, clipped)]
+                sums += torch.stack(seen).detach()
+            take_step(args, accelerator, optimizer)
+            history.append(accelerator.reduce(sums, "sum"))
+    names = ("policy_loss", "value_loss", "approx_kl", "clipfrac")
+    means = torch.stack(history).mean(0).tolist()
+    return {f"losses/{name}": mean for name, mean in zip(names, means, strict=True)}
+
+
+def summarize(batch: dict[str, Tensor]) -> dict[str, float]:
+    """Means over a batch; the entropy is that of the sampled tokens, -log pi, in nats."""
+    mask = batch["mask"]
+    returns, errors = (x[mask > 0] for x in (batch["returns"], batch["returns"] - batch["values"]))
+    return {
+        "objective/reward": batch["scores"].mean().item(), "objective/kl": batch["kl"].sum(1).mean().item(),
+        "objective/length": mask.sum(1).float().mean().item(), "objective/ended": batch["ended"].mean().item(),
+        "losses/entropy": -batch["logprobs"][mask > 0].mean().item(),
+        "losses/explained_variance": (1 - errors.var() / returns.var().clamp(min=1e-8)).item(),
+    }  # fmt: skip
 
 
 def load_agent(args: Args, sft_model: str, device: torch.device) -> tuple[Any, ActorCritic, nn.Module]:

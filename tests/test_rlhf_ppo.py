@@ -1,5 +1,6 @@
 """Tests of rlhf/rlhf_ppo.py: formulas by definition, log-probabilities by generation, PPO by its exact optimum."""
 
+import copy
 import itertools
 import json
 import math
@@ -17,14 +18,21 @@ from accelerate import Accelerator
 from conftest import ROOT, load_script
 from small_runs import interrupt_at_report
 from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     PreTrainedTokenizerFast,
 )
 
@@ -68,47 +76,38 @@ def tiny_tokenizer(words: list[str] = WORDS, pad: bool = True) -> PreTrainedToke
 
 
 def make_folders(folder: Path, words: list[str] = WORDS, rows: list[dict] | None = None, **lm) -> list[str]:
-    """A model folder and a dataset folder, as flags; the texts are good with "good" and bad with "bad"."""
+    """A model folder and a dataset of preferences, as flags: people prefer what has "good" to what has "bad" in it."""
     tiny_lm(vocab=3 + len(words), **lm).save_pretrained(folder / "lm")
     tiny_tokenizer(words).save_pretrained(folder / "lm")
     if rows is None:
         rng, rows = np.random.default_rng(0), []
-        for i in range(120):
-            words = [["good", "bad"][i % 2], *rng.choice(["film", "book", "very", "is", "it"], 4)]
-            votes = [int(v) for v in rng.integers(1, 4, 3)] if i % 2 == 0 else [int(v) for v in rng.integers(-3, 0, 3)]
-            text = " ".join(rng.permutation(words))
-            rows.append({"text": text, "rating": sum(votes) / 3, "ratings": votes})
+        for _ in range(120):
+            others = rng.choice(["film", "book", "very", "is", "it"], (2, 3))
+            good, bad = (
+                " ".join(rng.permutation([word, *row])) for word, row in zip(("good", "bad"), others, strict=True)
+            )
+            rows.append({"prompt": str(rng.choice(["it is", "film"])), "chosen": f" {good}", "rejected": f" {bad}"})
     (folder / "data").mkdir()
-    for n, split in enumerate(("reward", "judge", "heldout")):
-        lines = rows[n::3] if len(rows) >= 30 else rows
+    for n, split in enumerate(("train", "test")):
+        lines = rows[n::2] if len(rows) >= 30 else rows
         (folder / "data" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
-    files = "".join(f"      - split: {s}\n        path: {s}.jsonl\n" for s in ("reward", "judge", "heldout"))
-    (folder / "data" / "README.md").write_text(
-        f"---\nconfigs:\n  - config_name: default\n    data_files:\n{files}---\n"
+    (folder / "gold.py").write_text(
+        "def score(prompts, completions, **columns):\n"
+        "    return [text.split().count('good') - text.split().count('bad') for text in completions]\n"
     )
-    return ["--model", str(folder / "lm"), "--dataset", str(folder / "data"), "--run-dir", str(folder / "runs")]
+    names = {"model": "lm", "dataset": "data", "gold": "gold.py:score", "run-dir": "runs"}
+    return [part for name, path in names.items() for part in (f"--{name}", str(folder / path))]
 
 
-SMALL = [
-    *(
-        "--total-episodes",
-        "16",
-        "--batch-size",
-        "8",
-        "--response-length",
-        "5",
-        "--eval-episodes",
-        "8",
-        "--eval-every",
-        "1",
-    ),
-    *("--prompt-words", "1", "--sft-batch-size", "8", "--reward-epochs", "2", "--reward-batch-size", "8"),
-    *("--reward-learning-rate", "0.1"),
-]
+FLAGS = (
+    "--total-episodes 16 --batch-size 8 --max-completion-length 5 --eval-episodes 8 --eval-every 1"
+    " --sft-batch-size 12 --reward-epochs 10 --reward-batch-size 12 --reward-learning-rate 3e-3"
+)
+SMALL = FLAGS.split()
 
 
-def run(*flags: str) -> Path:
-    return rlhf.train(rlhf.parse_args(rlhf.Args, rlhf.PRESETS, list(flags)))
+def run(*flags: object) -> Path:
+    return rlhf.train(rlhf.parse_args([str(flag) for flag in flags]))
 
 
 def rows_of(folder: Path) -> list[str]:
@@ -193,11 +192,11 @@ def test_tokens_after_the_end_never_matter():
     for filler in (PAD, EOS, 9):
         tokens = torch.tensor([[5, 1, 0, 0], [3, 4, 5, 6], [1, 0, 0, 0]]).masked_fill(response == 0, filler)
         logprobs, values = agent(torch.cat((ids, tokens), 1), full_mask, 4, 1.0)
-        batch = {"response_mask": response, "logprobs": logprobs, "values": values, "ref_logprobs": logprobs - 1,
+        batch = {"mask": response, "logprobs": logprobs, "values": values, "ref_logprobs": logprobs - 1,
                  "scores": torch.ones(3), "ended": torch.ones(3)}  # fmt: skip
-        rlhf.add_advantages(rlhf.Args(), batch, 0.1)
+        rlhf.add_advantages(rlhf.Args(), batch)
         loss = rlhf.ppo_loss(logprobs, logprobs.detach(), batch["advantages"], response, 0.2)[0]
-        loss = loss + rlhf.value_loss(values, values.detach() + 1, batch["returns"], response, 0.2)
+        loss = rlhf.masked_sum(loss + (values - batch["returns"].detach()) ** 2, response)
         gradient = torch.autograd.grad(loss, lm.transformer.h[0].attn.c_attn.weight)[0]
         outputs.append((batch["advantages"], batch["returns"] * response, gradient))
     for output in outputs[1:]:
@@ -216,21 +215,11 @@ def test_hidden_states_are_those_the_output_layer_sees():
 # The mathematics --------------------------------------------------------------------------------
 
 
-def test_kl_estimators_by_enumeration():
-    p, q = torch.tensor([0.6, 0.3, 0.1]), torch.tensor([0.2, 0.3, 0.5])
-    exact = (p * (p / q).log()).sum()
-    for estimator in ("k1", "k3"):
-        torch.testing.assert_close((p * rlhf.kl_estimate(p.log(), q.log(), estimator)).sum(), exact)
-    assert (rlhf.kl_estimate(p.log(), q.log(), "k3") >= 0).all()
-    extreme = torch.tensor([0.0, -1000.0]), torch.tensor([-1000.0, 0.0])
-    assert torch.isfinite(rlhf.kl_estimate(*extreme, "k3")).all()
-
-
-def test_k1_in_the_reward_has_the_exact_gradient_of_the_kl():
+def test_the_penalty_in_the_reward_has_the_exact_gradient_of_the_kl():
     logits, q = torch.tensor([0.5, -0.3, 0.1], requires_grad=True), torch.tensor([0.2, 0.3, 0.5])
     exact = torch.autograd.grad((torch.softmax(logits, 0) * (torch.log_softmax(logits, 0) - q.log())).sum(), logits)[0]
     logp = torch.log_softmax(logits, 0)
-    reward = -rlhf.kl_estimate(logp.detach(), q.log(), "k1")
+    reward = -(logp.detach() - q.log())
     policy_gradient = torch.autograd.grad((logp.exp().detach() * reward * logp).sum(), logits)[0]
     torch.testing.assert_close(policy_gradient, -exact)
 
@@ -269,44 +258,18 @@ def test_ppo_loss_by_hand_and_extreme_ratios_stay_finite():
     old, advantages = torch.zeros(1, 4), torch.tensor([[1.0, 1.0, -1.0, 5.0]])
     new = torch.tensor([[1.5, 0.9, 1.5, 9.0]]).log()
     mask = torch.tensor([[1, 1, 1, 0]])
-    loss, kl, clipped = rlhf.ppo_loss(new, old, advantages, mask, 0.2)
+    loss, kl, clipped = (rlhf.masked_sum(x, mask) for x in rlhf.ppo_loss(new, old, advantages, mask, 0.2))
     assert loss.item() == pytest.approx(-(1.2 + 0.9 - 1.5))
     assert kl.item() == pytest.approx(sum(r - 1 - math.log(r) for r in (1.5, 0.9, 1.5)), rel=1e-5)
     assert clipped.item() == 2
     wild = torch.tensor([[1e4, -1e4, 0.0, math.inf]], requires_grad=True)
-    loss = rlhf.ppo_loss(wild, old, advantages, mask, 0.2)[0]
+    loss = rlhf.masked_sum(rlhf.ppo_loss(wild, old, advantages, mask, 0.2)[0], mask)
     assert torch.isfinite(loss) and torch.isfinite(torch.autograd.grad(loss, wild)[0]).all()
 
 
-def test_value_loss_by_hand():
-    values, old, returns = torch.tensor([[2.0, 0.0]]), torch.zeros(1, 2), torch.ones(1, 2)
-    mask = torch.tensor([[1, 1]])
-    assert rlhf.value_loss(values, old, returns, mask, None).item() == pytest.approx(0.5 * (1 + 1))
-    assert rlhf.value_loss(values * 0.75, old, returns, mask, 0.2).item() == pytest.approx(0.5 * (0.8**2 + 1))
-
-
-def test_adaptive_controller_moves_towards_its_target():
-    assert rlhf.adapt_kl_coef(0.1, 6.0, 5.0, 64, 640) == pytest.approx(0.1 * (1 + 0.2 * 0.1))
-    assert rlhf.adapt_kl_coef(0.1, 50.0, 5.0, 64, 640) == pytest.approx(0.1 * (1 + 0.2 * 0.1))  # limited to 20 %
-    assert rlhf.adapt_kl_coef(0.1, 0.0, 5.0, 64, 640) == pytest.approx(0.1 * (1 - 0.2 * 0.1))
-    assert rlhf.adapt_kl_coef(0.1, 5.0, 5.0, 64, 640) == pytest.approx(0.1)
-
-
-def test_preferences_by_counting_votes():
-    votes = [[-1, 2, 2], [2, 0], [3]]
-    shares = rlhf.vote_shares(rlhf.Args(), FakeData(ratings=votes))
-    for i, j in itertools.permutations(range(3), 2):
-        counted = np.mean([(a > b) + 0.5 * (a == b) for a in votes[i] for b in votes[j]])
-        assert rlhf.preference(shares[[i]], shares[[j]])[0] == pytest.approx(counted)
-
-
-class FakeData(dict):
-    column_names = property(lambda self: list(self))
-
-
 def test_bradley_terry_loss_by_hand():
-    loss = rlhf.pair_loss(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 0.0]), torch.tensor([1.0, 0.25]))
-    assert loss.item() == pytest.approx(math.log(1 + math.exp(-1)) + math.log(2), rel=1e-6)
+    loss = rlhf.reward_loss(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 3.0]))
+    assert loss.tolist() == pytest.approx([math.log(1 + math.exp(-1)), math.log(1 + math.exp(3))], rel=1e-6)
 
 
 def test_distinct_2_by_hand():
@@ -315,117 +278,110 @@ def test_distinct_2_by_hand():
     assert rlhf.distinct_2(texts) == pytest.approx((1 / 128 + 1) / 2)
 
 
-def test_texts_end_once_and_too_long_ones_do_not_end():
-    tokenizer = tiny_tokenizer()
-    ids = tokenizer("good film")["input_ids"]
-    assert rlhf.encode(tokenizer, "", "good film", 10) == (ids + [EOS], 0)
-    assert rlhf.encode(tokenizer, "", "good film <eos> <eos>", 10) == (ids + [EOS], 0)
-    assert rlhf.encode(tokenizer, "good", " film", 10) == (ids + [EOS], 1)
-    assert rlhf.encode(tokenizer, "", "good film", 2) == (ids, 0)
-
-
-def test_sft_loss_masks_prompts_and_padding_and_keeps_the_end():
-    lm = tiny_lm()
-    rows = [([3, 4, 5, EOS], 2), ([6, 7, EOS], 0)]
-    loss = rlhf.sft_loss(lm, rows, PAD, np.array([0, 1])).item()
+def test_sft_learns_completions_with_their_end_and_no_prompt_or_padding():
+    lm, texts = tiny_lm(), [([3, 4, 5, EOS], 2), ([6, 7, EOS], 1)]
+    logprobs, mask = rlhf.completion_logprobs(lm, texts, PAD)
     expected = 0.0
-    for ids, first in (([3, 4, 5, EOS], 2), ([6, 7, EOS], 1)):
+    for ids, start in texts:
         logp = torch.log_softmax(lm(torch.tensor([ids])).logits[0], -1)
-        expected -= sum(logp[t - 1, ids[t]].item() for t in range(first, len(ids)))
-    assert loss == pytest.approx(expected, rel=1e-5)
-    assert rlhf.sft_tokens(rows, np.array([0, 1])) == 4
+        expected += sum(logp[t - 1, ids[t]].item() for t in range(start, len(ids)))
+    assert rlhf.masked_sum(logprobs, mask).item() == pytest.approx(expected, rel=1e-5)
+    assert mask.sum() == 4
 
 
 # One iteration ----------------------------------------------------------------------------------
 
 
-def one_rollout(args: rlhf.Args, agent: torch.nn.Module, reference: torch.nn.Module, accelerator: Accelerator) -> dict:
-    reward = rlhf.Reward("bag", agent.policy, tiny_tokenizer(), -1)
-    torch.nn.init.normal_(reward.net.weights.weight)
-    prompts = [[3 + i % 8, 4, *[5] * (i % 3)] for i in range(8)]
-    uniforms = np.random.default_rng(0).random((8, args.response_length), np.float32)
-    batch = rlhf.rollout(args, accelerator, tiny_tokenizer(), agent, reference, reward, prompts, uniforms)
-    rlhf.add_advantages(args, batch, args.kl_coef)
+def one_batch(args: rlhf.Args, agent: torch.nn.Module, reference: torch.nn.Module) -> dict:
+    rows = [{"prompt": "", "ids": [3 + i % 8, 4, *[5] * (i % 3)]} for i in range(8)]
+    uniforms = np.random.default_rng(0).random((8, args.max_completion_length), np.float32)
+    batch, texts = rlhf.rollout(args, tiny_tokenizer(), agent, reference, rows, uniforms)
+    batch["scores"] = torch.tensor([float(len(text)) for text in texts])
+    rlhf.add_advantages(args, batch)
     return batch
 
 
 def test_first_ratio_is_one_and_first_kl_zero_and_the_reference_stays():
-    args, accelerator = rlhf.Args(response_length=6, num_minibatches=1, update_epochs=1), Accelerator(cpu=True)
-    lm, reference = tiny_lm(vocab=11), tiny_lm(vocab=11)
+    args = rlhf.Args(max_completion_length=6, num_minibatches=1, update_epochs=1)
+    lm, reference, accelerator = tiny_lm(vocab=11), tiny_lm(vocab=11), Accelerator(cpu=True)
     agent = rlhf.ActorCritic(lm)
-    batch = one_rollout(args, agent, reference, accelerator)
+    batch = one_batch(args, agent, reference)
     assert (batch["kl"] == 0).all()
     assert (batch["values"] == 0).all()
     before = [p.clone() for p in reference.parameters()]
     optimizer = torch.optim.Adam(agent.parameters(), lr=1e-2)
-    first = rlhf.ppo_update(args, accelerator, agent, optimizer, batch, np.random.default_rng(0))
+    first = rlhf.update(args, accelerator, agent, optimizer, batch, np.random.default_rng(0))
     assert abs(first["losses/approx_kl"]) < 1e-10 and first["losses/clipfrac"] == 0
-    second = rlhf.ppo_update(args, accelerator, agent, optimizer, batch, np.random.default_rng(0))
+    second = rlhf.update(args, accelerator, agent, optimizer, batch, np.random.default_rng(0))
     assert second["losses/approx_kl"] > 1e-6
     assert all(torch.equal(a, b) for a, b in zip(before, reference.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("parts", [2, 4])
 def test_accumulation_changes_nothing(parts):
-    accelerator, weights = Accelerator(cpu=True), []
+    weights = []
     for accumulation in (1, parts):
-        args = rlhf.Args(response_length=6, num_minibatches=1, gradient_accumulation=accumulation)
+        args = rlhf.Args(max_completion_length=6, num_minibatches=1, gradient_accumulation=accumulation)
         agent = rlhf.ActorCritic(tiny_lm(vocab=11))
-        batch = one_rollout(args, agent, tiny_lm(vocab=11, seed=1), accelerator)
+        batch = one_batch(args, agent, tiny_lm(vocab=11, seed=1))
         optimizer = torch.optim.SGD(agent.parameters(), lr=0.1)
-        rlhf.ppo_update(args, accelerator, agent, optimizer, batch, np.random.default_rng(0))
+        rlhf.update(args, Accelerator(cpu=True), agent, optimizer, batch, np.random.default_rng(0))
         weights.append(torch.cat([p.detach().flatten() for p in agent.parameters()]))
-    assert batch["response_mask"].sum(1).unique().numel() > 1, "equally long texts would hide a mean of means"
+    assert batch["mask"].sum(1).unique().numel() > 1, "equally long texts would hide a mean of means"
     start = torch.cat([p.detach().flatten() for p in rlhf.ActorCritic(tiny_lm(vocab=11)).parameters()])
     assert (weights[0] - start).abs().max() > 1e-3
     torch.testing.assert_close(weights[0], weights[1], atol=1e-6, rtol=0)
 
 
-def test_missing_end_costs_its_penalty():
-    args = rlhf.Args(reward_shaping="none", missing_eos_penalty=3.0)
-    batch = {
-        "response_mask": torch.ones(2, 2).long(),
-        "scores": torch.tensor([5.0, 5.0]),
-        "ended": torch.tensor([1.0, 0.0]),
-    }
-    batch |= {name: torch.zeros(2, 2) for name in ("logprobs", "ref_logprobs", "values")}
-    rlhf.add_advantages(args, batch, 0.1)
-    assert batch["rewards"].tolist() == [[0, 5], [0, 2]]
-    batch["response_mask"] = torch.tensor([[1, 1], [1, 0]])
-    rlhf.add_advantages(args, batch, 0.1, token_bonus=0.5)
-    assert batch["rewards"].tolist() == [[0.5, 5.5], [2.5, 0]]
+def test_missing_end_costs_its_penalty_and_kl_its_price():
+    args = rlhf.Args(missing_eos_penalty=3.0, kl_coef=0.5)
+    batch = {"mask": torch.tensor([[1, 1], [1, 1], [1, 0]]), "scores": torch.tensor([5.0, 5.0, 5.0]),
+             "ended": torch.tensor([1.0, 0.0, 1.0]), "values": torch.zeros(3, 2), "logprobs": torch.zeros(3, 2),
+             "ref_logprobs": torch.tensor([[0.0, 0.0], [0.0, 0.0], [-2.0, -9.0]])}  # fmt: skip
+    rlhf.add_advantages(args, batch)
+    assert batch["rewards"].tolist() == [[0, 5], [0, 2], [4, 0]]
 
 
-def test_heads_start_as_the_papers_say():
+def test_heads_start_as_the_papers_say(tmp_path):
     agent = rlhf.ActorCritic(tiny_lm())
     assert (agent.value_head.weight == 0).all() and (agent.value_head.bias == 0).all()
-    torch.manual_seed(0)
-    reward = rlhf.Reward("lm", tiny_lm(width=512), tiny_tokenizer(), -1)
-    assert reward.net.score.weight.std().item() == pytest.approx(1 / math.sqrt(513), rel=0.1)
-    assert reward.net.score.bias is None
+    tiny_lm(width=512).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    _, net = rlhf.new_reward_model(rlhf.Args(), str(tmp_path), torch.device("cpu"))
+    assert net.score.weight.std().item() == pytest.approx(1 / math.sqrt(513), rel=0.1)
+    assert net.score.bias is None
 
 
-def test_reward_is_read_at_the_end_token_also_where_it_is_the_pad_token():
-    tokenizer = tiny_tokenizer(pad=False)
-    tokenizer.pad_token = tokenizer.eos_token
+@pytest.mark.parametrize("same", [False, True])
+def test_reward_is_read_at_the_end_token_also_where_it_is_the_pad_token(same):
+    tokenizer = tiny_tokenizer(pad=not same)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     torch.manual_seed(0)
-    reward = rlhf.Reward("lm", tiny_lm(vocab=11), tokenizer, -1)
-    scores = reward(["good film", "very bad book is it"])
+    net = AutoModelForSequenceClassification.from_config(
+        GPT2Config(**tiny_lm(vocab=11).config.to_dict() | {"num_labels": 1})
+    ).eval()
+    reward = rlhf.RewardModel(net, tokenizer)
+    scores = reward(["good", "very bad"], [" film", " book is it"])
     for text, score in zip(["good film", "very bad book is it"], scores, strict=True):
         ids = torch.tensor([tokenizer(text)["input_ids"] + [EOS]])
-        hidden = reward.net.base_model(input_ids=ids).last_hidden_state[0, -1]
-        torch.testing.assert_close(score, reward.net.score(hidden)[0], atol=1e-6, rtol=0)
-
-
-def test_bag_scores_do_not_depend_on_the_batch_and_use_word_order():
-    bag = rlhf.NGramBag(rlhf.NGramBagConfig())
-    torch.nn.init.normal_(bag.weights.weight)
-    together = bag(["good film", "film good", "it is"])
-    torch.testing.assert_close(together[1:2], bag(["film good"]))
-    assert (together[0] - together[1]).abs() > 1e-3
+        hidden = net.base_model(input_ids=ids).last_hidden_state[0, -1]
+        assert score == pytest.approx(net.score(hidden)[0].item(), abs=1e-6)
 
 
 # One update against TRL -------------------------------------------------------------------------
+
+
+class TwoNetworks(rlhf.ActorCritic):
+    """TRL's value function has a network of its own."""
+
+    def __init__(self, policy: torch.nn.Module):
+        super().__init__(policy)
+        self.critic = copy.deepcopy(policy.base_model)
+
+    def forward(self, ids, mask, count, temperature):
+        logprobs, _ = rlhf.token_logprobs(self.policy, ids, mask, count, temperature)
+        hidden = self.critic(input_ids=ids, attention_mask=mask, position_ids=rlhf.positions(mask)).last_hidden_state
+        return logprobs, self.value_head(hidden[:, -count - 1 : -1]).squeeze(-1)
 
 
 def test_one_update_equals_trl():
@@ -440,20 +396,20 @@ def test_one_update_equals_trl():
 
     policy.load_state_dict(weights("policy_before/"))
     reference.load_state_dict(weights("reference/"))
-    agent = rlhf.ActorCritic(policy, separate_value=True)
+    agent = TwoNetworks(policy)
     agent.critic.load_state_dict(weights("value_before/"))
     agent.value_head.weight.data = torch.from_numpy(golden["value_head_before"])
     agent.value_head.bias.requires_grad_(False)  # TRL's has none
 
     args = rlhf.Args(**setup["args"])
-    ids, mask = torch.from_numpy(golden["ids"]), torch.from_numpy(golden["mask"])
-    response = mask[:, -args.response_length :]
+    ids, seen = torch.from_numpy(golden["ids"]), torch.from_numpy(golden["mask"])
+    width = args.max_completion_length
     with torch.no_grad():
-        logprobs, values = agent(ids, mask, args.response_length, args.temperature)
-        ref_logprobs, _ = rlhf.token_logprobs(reference, ids, mask, args.response_length, args.temperature)
-    batch = {"ids": ids, "mask": mask, "response_mask": response, "logprobs": logprobs, "values": values}
+        logprobs, values = agent(ids, seen, width, args.temperature)
+        ref_logprobs, _ = rlhf.token_logprobs(reference, ids, seen, width, args.temperature)
+    batch = {"ids": ids, "seen": seen, "mask": seen[:, -width:], "logprobs": logprobs, "values": values}
     batch |= {"ref_logprobs": ref_logprobs, "scores": torch.from_numpy(golden["scores"]), "ended": torch.ones(len(ids))}
-    rlhf.add_advantages(args, batch, args.kl_coef)
+    rlhf.add_advantages(args, batch)
     np.testing.assert_allclose(batch["kl"].sum(1).mean(), golden["kl"], atol=1e-5)
 
     class Shuffles:  # TRL's own
@@ -464,7 +420,7 @@ def test_one_update_equals_trl():
 
     trained = [p for p in agent.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=0.0, eps=1e-6)
-    rlhf.ppo_update(args, Accelerator(cpu=True), agent, optimizer, batch, Shuffles())
+    rlhf.update(args, Accelerator(cpu=True), agent, optimizer, batch, Shuffles())
     moved = 0.0
     for prefix, module in (("policy_after/", agent.policy), ("value_after/", agent.critic)):
         state = module.state_dict()
@@ -484,13 +440,13 @@ def test_ppo_reaches_the_closed_form_optimum(tmp_path):
     """Every text of up to 3 tokens is enumerated, so pi* ~ pi_ref * exp(r / beta) and J(pi*) are exact."""
     words, beta = ["a", "b", "c"], 0.3
     (tmp_path / "score.py").write_text(
-        "def score(texts):\n    return [t.split()[1:].count('a') - 0.7 * t.split()[1:].count('c') for t in texts]\n"
+        "def score(prompts, completions, **columns):\n"
+        "    return [t.split().count('a') - 0.7 * t.split().count('c') for t in completions]\n"
     )
-    flags = make_folders(tmp_path, words, rows=[{"text": "a b c"}] * 4, scale=3.0)
-    settings = f"""--reward-model {tmp_path / "score.py"}:score --judge-split None --sft-epochs 0 --eval-every 1000
-        --no-normalize-reward --no-keep-length --reward-shaping none --missing-eos-penalty 0 --kl-coef {beta}
-        --response-length 3 --prompt-words 1 --batch-size 128 --total-episodes 12800 --learning-rate 3e-3
-        --update-epochs 3 --num-minibatches 2 --eval-episodes 2"""
+    flags = make_folders(tmp_path, words, rows=[{"prompt": "a", "chosen": " b", "rejected": " c"}] * 4, scale=3.0)
+    settings = f"""--reward-model {tmp_path / "score.py"}:score --gold None --sft-model {tmp_path / "lm"}
+        --eval-every 1000 --no-normalize-reward --missing-eos-penalty 0 --kl-coef {beta} --max-completion-length 3
+        --batch-size 128 --total-episodes 12800 --learning-rate 3e-3 --update-epochs 3 --eval-episodes 2"""
     folder = run(*flags, *settings.split())
     vocab = range(6)  # pad and unknown may be written as well: to the model they are tokens like others
     ends = []
@@ -510,13 +466,139 @@ def test_ppo_reaches_the_closed_form_optimum(tmp_path):
         return torch.stack(logp)
 
     rewards = torch.tensor([t.count(3) - 0.7 * t.count(5) for t in ends], dtype=torch.double)
-    log_ref, log_pi = exact(folder / "sft"), exact(folder / "policy")
+    log_ref, log_pi = exact(tmp_path / "lm"), exact(folder / "policy")
     assert log_ref.exp().sum().item() == pytest.approx(1, abs=1e-5)
     best = beta * torch.logsumexp(log_ref + rewards / beta, 0)  # J(pi*) = beta log Z
     reached = (log_pi.exp() * (rewards - beta * (log_pi - log_ref))).sum()
     start = (log_ref.exp() * rewards).sum()
     assert best > start + 0.5
     assert reached / best >= 0.95 and (reached - start) / (best - start) >= 0.95, (start, reached, best)
+
+
+# Data ---------------------------------------------------------------------------------------
+
+
+def usable_rows(folder: Path, rows: list[dict], tokenizer: object = None, needed: tuple = (), **changes) -> list[dict]:
+    """What load_rows makes of these rows in a file."""
+    file = folder / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    args = rlhf.Args(dataset=str(file), **changes)
+    return rlhf.load_rows(args, tokenizer or tiny_tokenizer(), "train", needed)
+
+
+def test_what_cannot_be_learnt_from_is_counted(tmp_path, capsys):
+    rows = [
+        {"prompt": "it is", "chosen": " good film", "rejected": " bad"},
+        {"prompt": "it is", "chosen": " good", "rejected": " good"},
+        {"prompt": "it is", "chosen": " ", "rejected": " bad"},
+        {"prompt": "it is", "chosen": " good", "rejected": None},
+        {"prompt": "it is", "chosen": " very very very very good", "rejected": " bad"},
+        {"prompt": "it is it is", "chosen": " good", "rejected": " bad"},
+        {"prompt": "it is", "chosen": " marvellous", "rejected": " bad"},
+        {"prompt": "", "chosen": "good", "rejected": "bad"},
+    ]
+    [row] = usable_rows(tmp_path, rows, max_completion_length=4, max_prompt_length=3)
+    assert row["chosen_ids"] == (tiny_tokenizer()("it is good film")["input_ids"] + [EOS], 2)
+    shown = capsys.readouterr().out.splitlines()
+    reasons = ("the same", "empty completion", "cannot be read", "--max-completion-length", "--max-prompt-length",
+               "does not know", "empty prompt")  # fmt: skip
+    assert len(shown) == len(reasons) and all(
+        line.startswith("1 of 8 rows of 'train' are left out: ") for line in shown
+    )
+    assert all(any(reason in line for line in shown) for reason in reasons)
+    with pytest.raises(SystemExit) as stop:
+        usable_rows(tmp_path, rows[1:3])
+    assert stop.value.code == 2 and "no row of the split 'train'" in capsys.readouterr().err
+
+
+def test_texts_end_exactly_once():
+    tokenizer = tiny_tokenizer()
+    ids = tokenizer("good film")["input_ids"]
+    assert rlhf.encode(tokenizer, "good", " film") == ([*ids, EOS], 1)
+    assert rlhf.encode(tokenizer, "good", " film <eos> <eos>") == ([*ids, EOS], 1)
+    assert rlhf.encode(tokenizer, "", "good film") == (
+        [EOS, *ids, EOS],
+        1,
+    )  # something must come before the first token
+
+
+def merging_tokenizer() -> PreTrainedTokenizerFast:
+    """Letters, of which a and b become one token."""
+    vocab = {token: n for n, token in enumerate(["<pad>", "<eos>", "a", "b", "c", "ab"])}
+    tokenizer = Tokenizer(models.BPE(vocab, merges=[("a", "b")]))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
+
+
+def test_a_completion_starts_where_the_tokens_part():
+    """The prompt's last letter merges with the completion's first: that token is learnt, for it is not the prompt's."""
+    assert rlhf.encode(merging_tokenizer(), "ca", "bc") == ([4, 5, 4, EOS], 1)  # c|ab|c
+    assert rlhf.encode(merging_tokenizer(), "ca", "cc") == ([4, 2, 4, 4, EOS], 2)  # c|a|c|c
+
+
+def test_unknown_token_that_is_the_end_token_loses_no_text(tmp_path):
+    """As in GPT-2."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.unk_token = tokenizer.eos_token
+    assert len(usable_rows(tmp_path, [{"prompt": "it is", "chosen": " good", "rejected": " bad"}], tokenizer)) == 1
+
+
+def test_first_token_that_the_tokenizer_writes_itself_is_not_doubled():
+    tokenizer = tiny_tokenizer(["good", "bad"])
+    bos = tokenizer.eos_token
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, EOS)])
+    assert rlhf.encode(tokenizer, "", "good") == ([EOS, 3, EOS], 1)  # <s> good </s>
+
+
+CHAT = """{% for m in messages %}{{ m.role }} {{ m.content }} <eos> {% endfor -%}
+{% if add_generation_prompt %}assistant{% endif %}"""
+
+
+def test_conversations_of_every_form(tmp_path, capsys):
+    tokenizer = tiny_tokenizer(["user", "assistant", "good", "bad", "film"])
+    tokenizer.chat_template = CHAT
+    user, good, bad = ({"role": r, "content": c} for r, c in
+                       (("user", "film"), ("assistant", "good"), ("assistant", "bad")))  # fmt: skip
+    for row in (
+        {"prompt": [user], "chosen": [good], "rejected": [bad]},
+        {"chosen": [user, good], "rejected": [user, bad]},
+        {"prompt": "film", "chosen": [user, good], "rejected": [user, bad]},
+    ):
+        [found] = usable_rows(tmp_path, [row], tokenizer)
+        assert tokenizer.decode(found["ids"]) == "user film <eos> assistant"
+        assert tokenizer.decode(found["chosen_ids"][0]) == "user film <eos> assistant good <eos>"
+        assert tokenizer.decode(found["rejected_ids"][0]) == "user film <eos> assistant bad <eos>"
+        assert found["chosen_ids"][1] == found["rejected_ids"][1] == 4
+    wrong = {"prompt": [user], "chosen": [good], "rejected": [user]}
+    with pytest.raises(SystemExit):
+        usable_rows(tmp_path, [wrong], tokenizer)
+    assert "the last message is by 'user', not by the assistant" in capsys.readouterr().err
+
+
+def test_a_text_that_repeats_its_prompt_has_it_once(tmp_path):
+    rows = [{"prompt": "it is", "chosen": "it is good", "rejected": "it is bad"}]
+    [row] = usable_rows(tmp_path, rows)
+    assert tiny_tokenizer().decode(row["chosen_ids"][0]) == "it is good <eos>" and row["chosen"] == " good"
+
+
+def test_texts_without_prompts_are_split_and_every_kind_of_file_is_read(tmp_path):
+    (tmp_path / "texts.csv").write_text("text,stars\nit is good film,5\nbad book,1\n", encoding="utf-8")
+    args = rlhf.Args(dataset=str(tmp_path / "texts.csv"), prompt_words=1)
+    rows = rlhf.load_rows(args, tiny_tokenizer(), "train")
+    assert [(row["prompt"], row["completion"], row["stars"]) for row in rows] == [("it", " is good film", 5),
+                                                                                   ("bad", " book", 1)]  # fmt: skip
+
+
+@pytest.mark.parametrize("script", ["rlhf_ppo", "dpo", "grpo", "pretrain"])
+def test_two_folders_of_one_name_are_not_confused(tmp_path, script):
+    """The datasets library caches a folder under its last name; a changed file is read again too."""
+    for n, word in enumerate(("one", "two", "three")):
+        folder = tmp_path / str(min(n, 1)) / "data"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "train.jsonl").write_text(json.dumps({"text": word}) + "\n")
+        os.utime(folder / "train.jsonl", (n, n))
+        head = "---\nconfigs:\n  - config_name: default\n    data_files:\n"
+        (folder / "README.md").write_text(head + "      - split: train\n        path: train.jsonl\n---\n")
+        assert load_script(f"rlhf/{script}.py").load_split(str(folder), "train")["text"] == [word]
 
 
 # Whole runs -------------------------------------------------------------------------------------
@@ -529,67 +611,78 @@ def test_run_leaves_models_that_transformers_loads(small_run):
         assert lm(**tokenizer("good film", return_tensors="pt")).logits.shape == (1, 2, 11)
     sft, policy = (AutoModelForCausalLM.from_pretrained(small_run / name).lm_head.weight for name in ("sft", "policy"))
     assert not torch.equal(sft, policy)
-    saved = torch.load(small_run / "model.pt", weights_only=True)["networks"]
-    assert torch.equal(sft, saved["reference"]["lm_head.weight"]) and torch.equal(
-        policy, saved["agent"]["policy.lm_head.weight"]
-    )
-    bag = AutoModelForSequenceClassification.from_pretrained(small_run / "reward_model")
-    reward = rlhf.Reward(str(small_run / "reward_model"), tiny_lm(), tokenizer, -1)
-    assert reward.std.item() == pytest.approx(bag.config.reward_std) and reward.std > 0 and reward.std != 1
-    torch.testing.assert_close(reward.net.weights.weight, saved["reward"]["net.weights.weight"])
+    saved = torch.load(small_run / "model.pt", weights_only=True)["parts"]["agent"]
+    assert torch.equal(policy, saved["policy.transformer.wte.weight"])
+    reward = rlhf.load_reward(str(small_run / "reward_model"), -1, torch.device("cpu"))
+    good, bad = reward(["it is", "it is"], [" good film is", " bad film is"])
+    assert good > bad
 
 
 def test_summary_samples_and_columns(small_run):
     summary = json.loads((small_run / "summary.json").read_text())
-    assert summary["reward_accuracy"] > 0.8 and 0 <= summary["reward_calibration"] <= 1
+    assert summary["reward_accuracy"] > 0.9 and summary["reward_accuracy_gold"] > 0.9
     before, after = summary["before"], summary["after"]
     assert before["kl"] == pytest.approx(0, abs=1e-5) and after["kl"] != 0
-    assert (
-        set(before)
-        == set(after)
-        >= {"score", "judge", "vader", "kl_interval", "length", "distinct_2", "ref_perplexity"}
-    )
+    wanted = {"reward", "gold", "gold_std", "kl", "kl_interval", "length", "distinct_2", "ended"}
+    assert set(before) == set(after) >= wanted
+    assert summary["gold_gain"] == pytest.approx((after["gold"] - before["gold"]) / before["gold_std"])
     samples = (small_run / "samples.md").read_text()
     assert samples.count("- before: ") == samples.count("- after: ") == 8
     rows = (small_run / "metrics.csv").read_text().splitlines()
     assert len({row.count(",") for row in rows}) == 1
-    assert rows[-1].split(",")[0] == str(2 * 40 // 2 + 2 * 40 + 16)  # SFT texts, rated texts, episodes
+    assert rows[-1].split(",")[0] == "16"
 
 
-def test_transformer_as_reward_reads_the_beginning_of_a_long_text():
-    lm, tokenizer = tiny_lm(), tiny_tokenizer(["good", "bad"])
-    reward, room = rlhf.Reward("lm", lm, tokenizer, -1), lm.config.max_position_embeddings
-    text = " ".join(["good"] * (3 * room))
-    long, other = reward([text, text + " bad"])
-    assert long.item() == other.item() != reward(["good bad"]).item()
-
-
-def test_reward_model_of_people_is_learnt(folders):
-    folder = run(*folders[1], *SMALL, "--total-episodes", "0", "--reward-model", "lm", "--reward-learning-rate", "3e-3",
-                 "--reward-epochs", "15")  # fmt: skip
-    assert json.loads((folder / "summary.json").read_text())["reward_accuracy"] > 0.85
-
-
-@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
-def test_interrupted_run_resumes_where_it_was(folders, small_run, stage, monkeypatch):
-    count = {"sft": 1, "reward": 2, "ppo": 3}[stage]
+@pytest.mark.parametrize("count", [1, 2])
+def test_interrupted_run_resumes_where_it_was(folders, small_run, count, monkeypatch):
     interrupt_at_report(rlhf, monkeypatch, count, lambda: run(*folders[1], *SMALL))
     newest = max(Path(folders[0] / "runs").iterdir(), key=lambda p: p.stat().st_mtime)
-    assert torch.load(newest / "model.pt", weights_only=True)["stage"] == stage
-    assert rows_of(run("--resume", str(newest))) == rows_of(small_run)
+    assert rows_of(run("--resume", newest)) == rows_of(small_run)
+
+
+@pytest.mark.parametrize("stage", ["sft", "train_reward_model"])
+def test_a_run_interrupted_in_an_early_stage_goes_on_from_its_folder(folders, small_run, stage, monkeypatch):
+    original = getattr(rlhf, stage)
+
+    def stop(*args):
+        if stage == "train_reward_model":
+            original(*args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rlhf, stage, stop)
+        with pytest.raises(SystemExit):
+            run(*folders[1], *SMALL)
+    newest = max(Path(folders[0] / "runs").iterdir(), key=lambda p: p.stat().st_mtime)
+    assert (newest / "sft").exists() == (newest / "reward_model").exists() == (stage == "train_reward_model")
+    assert rows_of(run("--resume", newest)) == rows_of(small_run)
+    summary, whole = (json.loads((folder / "summary.json").read_text()) for folder in (newest, small_run))
+    assert summary["reward_accuracy"] == whole["reward_accuracy"] and summary["after"] == whole["after"]
 
 
 def test_saved_run_is_evaluated(small_run, capsys):
-    summary = json.loads((small_run / "summary.json").read_text())
-    rlhf.evaluate_saved(rlhf.parse_args(rlhf.Args, rlhf.PRESETS, ["--eval", str(small_run)]))
-    shown = f"score {summary['before']['score']:.2f} → {summary['after']['score']:.2f} judge"
-    assert shown in capsys.readouterr().out
+    after = json.loads((small_run / "summary.json").read_text())["after"]
+    run("--eval", small_run)
+    assert f"gold {after['gold']:.4g}" in capsys.readouterr().out
+
+
+def test_lora_trains_adapters_and_leaves_whole_models(folders, tmp_path):
+    folder = run(*folders[1], *SMALL, "--lora-rank", "2", "--run-dir", tmp_path, "--learning-rate", "1e-2")
+    saved = torch.load(folder / "model.pt", weights_only=True)["parts"]["agent"]
+    assert saved and all("lora_" in name or "value_head" in name for name in saved)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["before"]["kl"] == pytest.approx(0, abs=1e-5) and abs(summary["after"]["kl"]) > 1e-4
+    sft, policy = (AutoModelForCausalLM.from_pretrained(folder / name).transformer.h[0].attn.c_attn.weight
+                   for name in ("sft", "policy"))  # fmt: skip
+    assert not torch.equal(sft, policy)
+    start = AutoModelForCausalLM.from_pretrained(folders[0] / "lm").transformer.wte.weight
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(folder / "sft").transformer.wte.weight, start)
 
 
 def test_two_processes_equal_one(tmp_path, folders):
     """Two CPU processes share each batch; one process has it whole. The weights must be the same."""
     flags = [*folders[1], *SMALL, "--max-grad-norm", "0.5"]
-    alone = run(*flags, "--run-dir", str(tmp_path / "one"))
+    alone = run(*flags, "--run-dir", tmp_path / "one")
     launch = "--cpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port 0"
     command = [sys.executable, "-m", "accelerate.commands.launch", *launch.split(), str(ROOT / "rlhf/rlhf_ppo.py")]
     command += [*flags, "--run-dir", str(tmp_path / "two")]
@@ -612,7 +705,7 @@ def load_weights(folder: Path) -> dict[str, torch.Tensor]:
 # Bad input --------------------------------------------------------------------------------------
 
 
-def fails(capsys, *flags: str) -> str:
+def fails(capsys, *flags: object) -> str:
     with pytest.raises(SystemExit) as stop:
         run(*flags)
     message = capsys.readouterr().err.strip().splitlines()[-1]
@@ -625,46 +718,88 @@ def fails(capsys, *flags: str) -> str:
     [
         (["--model", "no/such-model"], "no/such-model"),
         (["--dataset", "no_such_folder"], "no_such_folder"),
-        (["--reward-split", "nothing"], "nothing"),
-        (["--text-column", "words"], "no column 'words'; it has text"),
-        (["--label-column", "stars", "--votes-column", "None"], "no column 'stars'"),
+        (["--train-split", "nothing"], "nothing"),
         (["--reward-model", "no_such_file.py:f"], "no_such_file.py"),
         (["--reward-model", "no/such-reward"], "no/such-reward"),
+        (["--gold", "no_such_file.py:f"], "no_such_file.py"),
         (["--batch-size", "9"], "multiple of --num-minibatches"),
-        (["--gradient-accumulation", "3"], "cannot be shared by 3"),
-        (["--temperature", "0"], "--temperature must be positive"),
-        (["--prompt-words", "50"], "more than the 50 words of --prompt-words"),
-        (["--reward-batch-size", "3"], "must be even"),
-        (["--response-length", "1000"], "lower --response-length"),
-        (["--text-column", "rating"], "rows that are no text"),
-        (["--label-column", "text", "--votes-column", "None"], "rows that are no number"),
+        (["--gradient-accumulation", "5"], "cannot be shared by 5"),
+        (["--temperature", "0"], "--temperature must be > 0"),
+        (["--max-completion-length", "1000"], "lower --max-completion-length"),
     ],
 )
 def test_bad_input(folders, capsys, flags, part):
+    runs = set((folders[0] / "runs").glob("*"))
     assert part in fails(capsys, *folders[1], *SMALL, *flags)
+    assert set((folders[0] / "runs").glob("*")) == runs  # nothing half-trained
 
 
 @pytest.mark.parametrize(
     ("body", "part"),
-    [("[float('nan')] * len(texts)", "no finite number"), ("[1.0]", "shape (1,)"), ("1 / 0", "division by zero")],
+    [("[float('nan')] * len(prompts)", "finite number"), ("[1.0]", "for each of 2"), ("1 / 0", "division by zero")],
 )
 def test_bad_reward_function(folders, capsys, tmp_path, body, part):
-    (tmp_path / "mine.py").write_text(f"def score(texts):\n    return {body}\n")
-    assert part in fails(capsys, *folders[1], *SMALL, "--reward-model", f"{tmp_path / 'mine.py'}:score")
+    (tmp_path / "mine.py").write_text(f"def score(prompts, completions, **columns):\n    return {body}\n")
+    message = fails(capsys, *folders[1], *SMALL, "--reward-model", f"{tmp_path / 'mine.py'}:score")
+    assert part in message and not (tmp_path / "runs").exists()
 
 
-def test_empty_prompts_are_refused(tmp_path, capsys):
-    flags = make_folders(tmp_path, rows=[{"text": " good film", "head": "", "rating": 1.0}] * 4)
-    assert "4 of 4 prompts are empty" in fails(capsys, *flags, *SMALL, "--prompt-column", "head")
+def test_a_reward_function_sees_the_columns_of_the_dataset(folders, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "def score(prompts, completions, chosen, rejected, **columns):\n"
+        "    assert len(prompts) == len(completions) == len(chosen)\n"
+        "    return [float(c.split()[-1:] == w.split()[-1:]) for c, w in zip(completions, chosen)]\n"
+    )
+    flags = [*folders[1], *SMALL, "--reward-model", f"{tmp_path / 'mine.py'}:score", "--run-dir", tmp_path]
+    assert "reward_accuracy" not in json.loads((run(*flags) / "summary.json").read_text())
 
 
-def test_prompt_column_and_tokenizer_without_pad_token(tmp_path):
-    rows = [
-        {"text": " good film", "head": "it is", "rating": 1.0},
-        {"text": " bad", "head": "very", "rating": -1.0},
-    ] * 4
-    flags = make_folders(tmp_path, rows=rows)
+def test_a_language_model_is_no_reward_model(folders, capsys):
+    message = fails(capsys, *folders[1], *SMALL, "--reward-model", str(folders[0] / "lm"))
+    assert "is no reward model" in message and "score.weight" in message
+
+
+def test_tokens_beyond_the_embedding_are_named(folders, capsys, tmp_path):
+    tiny_lm(vocab=11).save_pretrained(tmp_path)
+    tokenizer = tiny_tokenizer(pad=False)
+    tokenizer.add_special_tokens({"pad_token": "<new>"})
+    tokenizer.save_pretrained(tmp_path)
+    message = fails(capsys, *folders[1], *SMALL, "--model", tmp_path)
+    assert "has a token 11 and the model only 11" in message or "has a token 10" in message
+
+
+def test_a_value_head_fits_hidden_states_of_another_width(tmp_path):
+    """OPT-350m's layout: hidden states are projected before the output layer."""
+    config = OPTConfig(vocab_size=11, hidden_size=16, word_embed_proj_dim=8, num_hidden_layers=1, ffn_dim=16,
+                       num_attention_heads=2, max_position_embeddings=64, do_layer_norm_before=False,
+                       pad_token_id=PAD, bos_token_id=EOS, eos_token_id=EOS)  # fmt: skip
+    folders = make_folders(tmp_path)
+    OPTForCausalLM(config).save_pretrained(tmp_path / "lm")
+    folder = run(*folders, *SMALL)
+    assert torch.load(folder / "model.pt", weights_only=True)["parts"]["agent"]["value_head.weight"].shape[1] in (8, 16)
+
+
+def test_a_model_without_a_cache_is_refused_before_anything_is_trained(tmp_path, capsys):
+    folders = make_folders(tmp_path)
+    MambaForCausalLM(MambaConfig(vocab_size=11, hidden_size=16, num_hidden_layers=1, pad_token_id=PAD, bos_token_id=EOS,
+                                 eos_token_id=EOS)).save_pretrained(tmp_path / "lm")  # fmt: skip
+    assert "cannot be used here" in fails(capsys, *folders, *SMALL)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_classifier_with_few_positions_cuts_what_is_longer(folders, tmp_path):
+    """It reads 8 positions; prompts and completions may have 12 tokens."""
+    config = BertConfig(vocab_size=11, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+                        max_position_embeddings=8, pad_token_id=PAD)  # fmt: skip
+    BertForSequenceClassification(config).save_pretrained(tmp_path / "judge")
+    tiny_tokenizer().save_pretrained(tmp_path / "judge")
+    flags = [*folders[1], *SMALL, "--reward-model", tmp_path / "judge", "--max-completion-length", "10"]
+    assert (run(*flags, "--run-dir", tmp_path) / "summary.json").is_file()
+
+
+def test_tokenizer_without_pad_token(tmp_path):
+    flags = make_folders(tmp_path)
     tiny_tokenizer(pad=False).save_pretrained(tmp_path / "lm")
     assert AutoTokenizer.from_pretrained(tmp_path / "lm").pad_token_id is None
-    folder = run(*flags, *SMALL, "--prompt-column", "head")
-    assert json.loads((folder / "summary.json").read_text())["after"]["length"] > 0
+    summary = json.loads((run(*flags, *SMALL) / "summary.json").read_text())
+    assert summary["after"]["length"] > 0 and summary["reward_accuracy"] > 0.8

@@ -5,7 +5,8 @@
 
 A policy, a reference, a value model and a reward model, all tiny and random; eight left-padded prompts with
 fixed responses; three epochs of two minibatches. No response holds the end-of-sequence or the pad token, for
-TRL puts the score of an ended text on the pad after it, and rlhf_ppo.py on its last token. Adam's epsilon is
+TRL puts the score of an ended text on the pad after it, and rlhf_ppo.py on its last token. The value loss is not
+clipped. Adam's epsilon is
 1e-6: a key's bias has no gradient but rounding errors, which the usual 1e-8 would blow up.
 """
 
@@ -82,7 +83,7 @@ trainer = PPOTrainer(
     args=PPOConfig(
         output_dir=tempfile.mkdtemp(), report_to="none", save_strategy="no", num_sample_generations=0, seed=1,
         per_device_train_batch_size=COUNT, gradient_accumulation_steps=1, num_mini_batches=2, num_ppo_epochs=3,
-        total_episodes=COUNT, lam=0.9, cliprange=0.2, cliprange_value=0.2, optim="adamw_torch", adam_epsilon=1e-6,
+        total_episodes=COUNT, lam=0.9, cliprange=0.2, cliprange_value=1e9, optim="adamw_torch", adam_epsilon=1e-6,
         bf16=False, use_cpu=True, gradient_checkpointing=False, **settings,
     ),
     processing_class=tokenizer, model=policy, ref_model=reference, reward_model=reward, value_model=value,
@@ -95,9 +96,9 @@ trainer.train()
 snapshot("after")
 made["permutations"] = np.concatenate([order[None] for order in orders])
 made["kl"] = np.float32([row["objective/kl"] for row in trainer.state.log_history if "objective/kl" in row][0])
-same = dict(
-    settings, gae_lambda=0.9, num_minibatches=2, update_epochs=3, clip_coef=0.2, clip_vloss=True, max_grad_norm=1e9,
-    reward_shaping="none", missing_eos_penalty=0.0, batch_size=COUNT,
+same = {name: value for name, value in settings.items() if name not in ("kl_estimator", "response_length")} | dict(
+    max_completion_length=R, gae_lambda=0.9, num_minibatches=2, update_epochs=3, clip_coef=0.2, max_grad_norm=1e9,
+    missing_eos_penalty=0.0, batch_size=COUNT,
 )  # fmt: skip
 made["setup"] = np.array(json.dumps({"config": size, "args": same}))
 np.savez_compressed(Path(__file__).with_name("trl_ppo.npz"), **made)
