@@ -24,7 +24,8 @@ from conftest import DEFAULT_TINY, ROOT, SCRIPTS, TINY, each_script, load_script
 # Flags for a run that goes on until it is stopped.
 DEFAULT_ENDLESS = "--total-timesteps 100000000"
 ENDLESS = {
-    "algos/dqn.py": "--total-timesteps 2000000",  # it reports every 200th of a run, as does the next
+    "algos/dqn.py": "--total-timesteps 2000000",  # it reports every 200th of a run, as do the next two
+    "algos/sac.py": "--total-timesteps 100000",
     "algos/dqn_atari.py": "--total-timesteps 20000",
     "algos/dynamic_programming.py": "--env FrozenLake-v1 --map-size 32 --gamma 0.99999 --tolerance 1e-300"
     " --total-timesteps 1000000",
@@ -563,7 +564,7 @@ def test_weights_that_are_not_finite_are_not_saved(trained, tmp_path, capsys):
     assert (folder / "model.pt").read_bytes() == kept
 
 
-@pytest.mark.parametrize("script", [f"algos/{name}.py" for name in ("ppo", "dqn", "a2c_gae", "reinforce")])
+@pytest.mark.parametrize("script", [f"algos/{name}.py" for name in ("ppo", "dqn", "sac", "a2c_gae", "reinforce")])
 @pytest.mark.parametrize("anneal", [True, False])
 def test_learning_rate_is_annealed_where_it_counts(script, anneal, tmp_path, monkeypatch):
     rates, original = [], torch.optim.Adam.step
