@@ -304,7 +304,7 @@ LABELS = {"true": True, "1": True, "1.0": True, "good": True, "yes": True, "desi
 
 def load_preferences(args: Args, rows: list[dict], seed: int) -> Preferences:
     """Pairs of chosen and rejected texts, or for KTO single texts, from pairs or from completions with labels."""
-    if "rejected_ids" in rows[0]:
+    if "chosen_ids" in rows[0] and "rejected_ids" in rows[0]:
         texts = []
         for row in rows:
             start = min(row["chosen_ids"][1], row["rejected_ids"][1])

@@ -18,29 +18,23 @@ import torch
 from accelerate import Accelerator
 from conftest import ROOT, load_script
 from small_runs import interrupt_at_report
-from test_rlhf_ppo import EOS, PAD, load_weights, make_folders, rows_of, tiny_lm, tiny_tokenizer
-from tokenizers import Tokenizer, models
-from tokenizers.processors import TemplateProcessing
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from test_rlhf_ppo import EOS, PAD, load_weights, make_folders, rows_of, tiny_lm
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 dpo = load_script("rlhf/dpo.py")
 LOSSES = ("dpo", "cdpo", "ipo", "hinge", "kto", "orpo", "simpo")
 FLAGS = (
-    "--total-episodes 24 --batch-size 8 --num-pairs 24 --response-length 5 --eval-episodes 8 --eval-every 2"
-    " --prompt-words 1 --sft-batch-size 8 --reward-epochs 2 --reward-batch-size 8 --reward-learning-rate 0.1"
-    " --learning-rate 1e-2"
+    "--total-episodes 24 --batch-size 8 --max-completion-length 5 --eval-episodes 8 --eval-every 2 --learning-rate 1e-2"
 )
 SMALL = FLAGS.split()
 
 
 def run(*flags: object) -> Path:
-    return dpo.train(dpo.parse_args(dpo.Args, dpo.PRESETS, [str(flag) for flag in flags]))
+    return dpo.train(dpo.parse_args([str(flag) for flag in flags]))
 
 
-def settings(**changes: object) -> SimpleNamespace:
-    args = dpo.Args(**{"max_grad_norm": 1e9, **changes})
-    args.beta = args.beta or dpo.BETAS[args.loss]
-    return args
+def settings(**changes: object) -> dpo.Args:
+    return dpo.Args(**{"max_grad_norm": 1e9, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +177,7 @@ ROWS = [([3, 4, 5, 6, EOS], 2), ([7, 8, EOS], 1), ([3, 4, 9, 9, 10, 5, 3, 8], 3)
 def test_logps_do_not_depend_on_padding_and_company(kind, group_size):
     lm = tiny_lm(kind)
     for pad_id in (PAD, EOS, 9):
-        logps, counts = dpo.response_logps(lm, ROWS, pad_id, 0.8, group_size)
+        logps, counts = dpo.completion_logps(lm, ROWS, pad_id, 0.8, group_size)
         assert counts.tolist() == [3, 2, 5, 1]
         for (ids, start), logp in zip(ROWS, logps, strict=True):
             full = torch.log_softmax(lm(torch.tensor([ids])).logits[0] / 0.8, -1)
@@ -191,24 +185,36 @@ def test_logps_do_not_depend_on_padding_and_company(kind, group_size):
             assert logp.item() == pytest.approx(expected.item(), abs=2e-5)
 
 
-def preferences(rows: list | None = None, **arrays: object) -> object:
+def preferences(loss: str = "dpo", texts: list | None = None, good: list | None = None) -> dpo.Preferences:
+    """Pairs; for KTO single texts with their neighbours' completions."""
     rng = np.random.default_rng(0)
-    if rows is None:
-        rows = [([3, 4, *map(int, rng.integers(3, 11, n)), EOS], 2) for n in rng.integers(1, 7, 16)]
-    return dpo.Preferences(rows, [n % 2 == 0 for n in range(len(rows))], **arrays)
+    if texts is None:
+        texts = [([3, 4, *map(int, rng.integers(3, 11, n)), EOS], 2) for n in rng.integers(1, 7, 16)]
+    data = dpo.Preferences(texts, good or [n % 2 == 0 for n in range(len(texts))], paired=loss != "kto")
+    if not data.paired:
+        data.mismatched = [(a[:2] + b[2:], 2) for (a, _), (b, _) in zip(texts, texts[1:] + texts[:1], strict=True)]
+    return data
 
 
 def one_step(loss: str, parts: int = 1, lm: object = None, data: object = None, rows: object = None, **changes: object):
-    """One step of plain gradient descent; the model, the weights' changes and the metrics."""
-    args = settings(loss=loss, gradient_accumulation=parts, **changes)
-    lm, data = lm or tiny_lm(vocab=11), data or preferences()
+    """One step of plain gradient descent; the preferences, the weights' changes and the metrics."""
+    lm, data = lm or tiny_lm(vocab=11), data or preferences(loss)
     accelerator, before = Accelerator(cpu=True), torch.cat([p.detach().flatten().clone() for p in lm.parameters()])
-    dpo.add_reference(args, accelerator, tiny_lm(vocab=11, seed=1), PAD, data)
+    rows = np.arange(len(data.texts) // (2 if data.paired else 1)) if rows is None else rows
+    args = settings(loss=loss, gradient_accumulation=parts, batch_size=len(rows), **changes)
+    reference = tiny_lm(vocab=11, seed=1)
+    data.ref_logps = dpo.reference_logps(args, accelerator, reference, PAD, data.texts)
+    data.mismatched_ref_logps = dpo.reference_logps(args, accelerator, reference, PAD, data.mismatched)
     optimizer = torch.optim.SGD(lm.parameters(), lr=0.1)
-    rows = np.arange(len(data.rows) if loss == "kto" else len(data.rows) // 2) if rows is None else rows
-    totals = dpo.preference_step(args, accelerator, lm, optimizer, PAD, data, rows)
+    kl = dpo.reference_point(args, accelerator, lm, PAD, data, rows)
+    sums = 0.0
+    for part in dpo.own_parts(args, accelerator, rows):
+        total, seen = dpo.preference_loss(args, lm, PAD, data, part, kl)
+        (total / len(rows)).backward()
+        sums = sums + seen
+    dpo.take_step(args, accelerator, optimizer)
     after = torch.cat([p.detach().flatten() for p in lm.parameters()])
-    return data, after - before, dpo.preference_metrics(args, [totals])
+    return data, after - before, dpo.summarize(args, [sums])
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -221,7 +227,7 @@ def test_parts_of_a_minibatch_give_the_same_step(loss):
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_every_loss_prefers_the_chosen_text(loss):
-    lm, data = tiny_lm(vocab=11), preferences()
+    lm, data = tiny_lm(vocab=11), preferences(loss)
     margins = [one_step(loss, lm=lm, data=data)[2]["rewards/margins"] for _ in range(4)]
     assert margins[-1] > margins[0] + 1e-4
 
@@ -229,7 +235,7 @@ def test_every_loss_prefers_the_chosen_text(loss):
 def test_logged_metrics_by_hand():
     lm, reference, data = tiny_lm(vocab=11), tiny_lm(vocab=11, seed=1), preferences()
     with torch.no_grad():
-        logps, refs = (dpo.response_logps(net, data.rows, PAD, 1.0)[0].double() for net in (lm, reference))
+        logps, refs = (dpo.completion_logps(net, data.texts, PAD, 1.0)[0].double() for net in (lm, reference))
     metrics = one_step("dpo", lm=lm, data=data, beta=0.3)[2]
     rewards = 0.3 * (logps - refs)
     assert metrics["logps/chosen"] == pytest.approx(logps[::2].mean().item(), rel=1e-5)
@@ -240,58 +246,100 @@ def test_logged_metrics_by_hand():
     assert metrics["rewards/accuracies"] == pytest.approx((rewards[::2] > rewards[1::2]).double().mean().item())
 
 
-def test_sft_term_is_a_mean_over_the_chosen_tokens():
+def test_sft_term_is_a_mean_over_tokens_of_the_chosen_texts():
     lm, data = tiny_lm(vocab=11), preferences()
     with torch.no_grad():
-        logps, counts = dpo.response_logps(lm, data.rows, PAD, 1.0)
-    expected = -logps[::2].sum() / counts[::2].sum()
+        logps, counts = dpo.completion_logps(lm, data.texts, PAD, 1.0)
+    expected = -(logps / counts)[::2].mean()
     losses = [one_step("dpo", lm=tiny_lm(vocab=11), sft_coef=c)[2]["losses/preference_loss"] for c in (0.0, 2.0)]
     assert losses[1] - losses[0] == pytest.approx(2 * expected.item(), rel=1e-5)
     orpo = one_step("orpo", lm=tiny_lm(vocab=11), beta=1e-9)[2]["losses/preference_loss"]
     assert orpo == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_reference_free_leaves_the_reference_out():
-    data = one_step("dpo", reference_free=True)[0]
-    assert (data.ref_logps == 0).all()
+def test_only_some_losses_have_a_reference():
     assert (one_step("dpo")[0].ref_logps != 0).all() and (one_step("simpo")[0].ref_logps == 0).all()
+
+
+def test_held_out_pairs_by_hand():
+    lm, data, args = tiny_lm(vocab=11), preferences(), settings(beta=0.3)
+    data.ref_logps = dpo.reference_logps(args, Accelerator(cpu=True), tiny_lm(vocab=11, seed=1), PAD, data.texts)
+    with torch.no_grad():
+        rewards = 0.3 * (dpo.completion_logps(lm, data.texts, PAD, 1.0)[0] - data.ref_logps)
+    margins = (rewards[::2] - rewards[1::2])[:5]
+    assert 0 < (margins > 0).float().mean() < 1
+    found = dpo.held_out(args, lm, PAD, data, 5)
+    assert found["margin"] == pytest.approx(margins.mean().item(), rel=1e-4)
+    assert found["accuracy"] == pytest.approx((margins > 0).float().mean().item())
 
 
 # KTO without pairs ------------------------------------------------------------------------------
 
 
-def test_kto_tears_pairs_apart_and_mixes_prompts_with_other_responses():
-    rows = [([3, 4, 5 + n % 3, n % 8 + 3, EOS], 2 + n % 2) for n in range(40)]
-    data = one_step("kto", data=preferences(list(rows)), rows=np.arange(7))[0]
-    before, after = ([(tuple(ids), good) for (ids, _), good in zip(texts, labels, strict=True)]
-                     for texts, labels in ((rows, preferences(rows).good), (data.rows, data.good)))  # fmt: skip
-    assert collections.Counter(after) == collections.Counter(before)
-    assert data.rows != rows
+def pair_rows(count: int) -> list[dict]:
+    """Rows of pairs as load_rows gives them."""
+    texts = [([3, 4, 5 + n % 3, n % 8 + 3, EOS], 2) for n in range(2 * count)]
+    return [{"chosen_ids": a, "rejected_ids": b} for a, b in zip(texts[::2], texts[1::2], strict=True)]
+
+
+def test_kto_tears_pairs_apart_and_mixes_prompts_with_other_completions():
+    rows = pair_rows(20)
+    data = dpo.load_preferences(settings(loss="kto"), rows, seed=1)
+    before = [(tuple(row[f"{kind}_ids"][0]), kind == "chosen") for row in rows for kind in ("chosen", "rejected")]
+    after = [(tuple(ids), good) for (ids, _), good in zip(data.texts, data.good, strict=True)]
+    assert collections.Counter(after) == collections.Counter(before) and after != before
     for n, (ids, start) in enumerate(data.mismatched):
-        own, (other, skip) = data.rows[n], data.rows[(n + 1) % 40]
+        own, (other, skip) = data.texts[n], data.texts[(n + 1) % 40]
         assert start == own[1] and ids == own[0][:start] + other[skip:]
 
 
+def test_both_texts_of_a_pair_start_at_the_earlier_place():
+    """Where the prompt's last letter merges with one completion's first, it is no prompt of the other either."""
+    data = dpo.load_preferences(settings(), [{"chosen_ids": ([4, 5, EOS], 1), "rejected_ids": ([4, 2, 4, EOS], 2)}], 0)
+    assert data.texts == [([4, 5, EOS], 1), ([4, 2, 4, EOS], 1)] and data.good == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("labels", "meant"),
+    [([True, False], [1, 0]), ([1, -1], [1, 0]), ([0.0, 1.0], [0, 1]), (["true", "False"], [1, 0]),
+     (["bad", "good"], [0, 1])],
+)  # fmt: skip
+def test_labels_that_are_understood(labels, meant):
+    rows = [{"completion_ids": ([3, 4, EOS], 1), "label": label} for label in labels]
+    assert dpo.load_preferences(settings(loss="kto"), rows, 0).good == [bool(x) for x in meant]
+
+
+@pytest.mark.parametrize(
+    ("labels", "part"),
+    [([5, 1, 3], "true/false, 1/0 or 1/-1"), ([1.0, math.nan], "has nan"), ([True, True], "labels of two kinds"),
+     ([1, 0, -1], "labels of two kinds"), ([True, None], "has none")],
+)  # fmt: skip
+def test_labels_that_are_refused(labels, part, capsys):
+    rows = [{"completion_ids": ([3, 4, EOS], 1), "label": label} for label in labels]
+    with pytest.raises(SystemExit) as stop:
+        dpo.load_preferences(settings(loss="kto"), rows, 0)
+    assert stop.value.code == 2 and part in capsys.readouterr().err
+
+
 def test_kto_reference_point_by_hand():
-    lm, reference, data = tiny_lm(vocab=11), tiny_lm(vocab=11, seed=1), preferences()
-    args, rows = settings(loss="kto"), np.array([0, 3, 5])
-    accelerator = Accelerator(cpu=True)
-    dpo.add_reference(args, accelerator, reference, PAD, data)
-    kl = dpo.kto_reference_point(args, accelerator, lm, PAD, data, rows)
+    lm, reference, data = tiny_lm(vocab=11), tiny_lm(vocab=11, seed=1), preferences("kto")
+    args, rows, accelerator = settings(loss="kto"), np.array([0, 3, 5]), Accelerator(cpu=True)
+    data.mismatched_ref_logps = dpo.reference_logps(args, accelerator, reference, PAD, data.mismatched)
+    kl = dpo.reference_point(args, accelerator, lm, PAD, data, rows)
     mixed = [data.mismatched[n] for n in rows]
-    logps, refs = (dpo.response_logps(net, mixed, PAD, 1.0)[0] for net in (lm, reference))
+    with torch.no_grad():
+        logps, refs = (dpo.completion_logps(net, mixed, PAD, 1.0)[0] for net in (lm, reference))
     assert kl.item() == pytest.approx(max((logps - refs).mean().item(), 0), abs=1e-5)
     assert not kl.requires_grad
-    assert dpo.kto_reference_point(args, accelerator, reference, PAD, data, rows).item() == pytest.approx(0, abs=1e-5)
+    assert dpo.reference_point(args, accelerator, reference, PAD, data, rows).item() == pytest.approx(0, abs=1e-5)
 
 
 @pytest.mark.parametrize("good", [True, False])
-def test_kto_with_one_label_only(good):
-    data = preferences()
-    data.good = [good] * 16
-    metrics = one_step("kto", data=data, rows=np.arange(5))[2]
-    assert ("rewards/chosen" in metrics, "rewards/rejected" in metrics) == (good, not good)
-    assert "rewards/margins" not in metrics and all(map(math.isfinite, metrics.values()))
+def test_a_kto_batch_of_one_label(good):
+    metrics = one_step("kto", data=preferences("kto", good=[good] * 16), rows=np.arange(5))[2]
+    assert (metrics["rewards/chosen"] is None, metrics["rewards/rejected"] is None) == (not good, good)
+    assert metrics["rewards/margins"] is None
+    assert all(math.isfinite(value) for value in metrics.values() if value is not None)
 
 
 # The closed-form optimum ------------------------------------------------------------------------
@@ -308,11 +356,11 @@ def test_implicit_reward_becomes_the_true_reward():
     probability = torch.sigmoid(rewards[pairs[:, 0]] - rewards[pairs[:, 1]])
     rows = [([prompt, *text], 1) for prompt in (3, 4) for text in texts]
     with torch.no_grad():
-        refs = dpo.response_logps(reference, rows, PAD, 1.0)[0]
+        refs = dpo.completion_logps(reference, rows, PAD, 1.0)[0]
     optimizer = torch.optim.Adam(lm.parameters(), lr=3e-3)
     for step in range(500):
         optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / 500)
-        ratios = (dpo.response_logps(lm, rows, PAD, 1.0)[0] - refs).view(2, -1)
+        ratios = (dpo.completion_logps(lm, rows, PAD, 1.0)[0] - refs).view(2, -1)
         losses = [(probability * dpo.dpo_loss(r[pairs[:, 0]], r[pairs[:, 1]], beta)).mean() for r in ratios]
         optimizer.zero_grad()
         sum(losses).backward()
@@ -325,110 +373,12 @@ def test_implicit_reward_becomes_the_true_reward():
     assert (best.exp() * (best - reached)).sum(-1).max() < 1e-3
 
 
-# Data that must not vanish ----------------------------------------------------------------------
+# Whole runs -------------------------------------------------------------------------------------
 
 
-def encoded(records: list[dict], tokenizer: object = None, **changes: object) -> object:
-    return dpo.encode_preferences(settings(**changes), tokenizer or tiny_tokenizer(), records)
-
-
-def test_what_cannot_be_learnt_from_is_counted(capsys):
-    records = [
-        {"prompt": "it is", "chosen": " good film", "rejected": " bad"},
-        {"prompt": "it is", "chosen": " good", "rejected": " good"},
-        {"prompt": "it is", "chosen": " ", "rejected": " bad"},
-        {"prompt": "it is", "chosen": " good", "rejected": ""},
-        {"prompt": "it is", "chosen": " very very very very good", "rejected": " bad"},
-        {"prompt": "it is", "chosen": " marvellous", "rejected": " bad"},
-    ]  # fmt: skip
-    data = encoded(records, max_length=6)
-    tokenizer = tiny_tokenizer()
-    assert [(tokenizer.decode(ids), start) for ids, start in data.rows] == [
-        ("it is good film <eos>", 2), ("it is bad <eos>", 2)]  # fmt: skip
-    assert data.good == [True, False]
-    shown = capsys.readouterr().out
-    assert "5 of 6 pairs are left out" in shown and "2 have an empty text" in shown and "1 have the same" in shown
-    assert "1 are longer than the 6 tokens of --max-length" in shown and "1 have words" in shown
-    with pytest.raises(SystemExit) as stop:
-        encoded(records[1:3])
-    assert stop.value.code == 2
-    assert "none of the 2 pairs can be learnt from: 1 have the same" in capsys.readouterr().err
-
-
-def test_texts_end_exactly_once_and_only_if_they_end(capsys):
-    record = {"prompt": "it is", "chosen": " good <eos> <eos>", "rejected": " bad", "rejected_ended": False}
-    (chosen, start), (rejected, _) = encoded([record]).rows
-    assert chosen.count(EOS) == 1 and chosen[-1] == EOS and EOS not in rejected
-    assert len(chosen) == 4 and len(rejected) == 3 and start == 2
-    assert encoded([record], max_length=4).rows and "left out" not in capsys.readouterr().out
-
-
-def test_unknown_token_that_is_the_end_token_loses_no_text():
-    """As in GPT-2."""
-    tokenizer = tiny_tokenizer()
-    tokenizer.unk_token = tokenizer.eos_token
-    assert len(encoded([{"prompt": "it is", "chosen": " good", "rejected": " bad"}], tokenizer).rows) == 2
-    assert dpo.known(tokenizer, [dpo.encode(tokenizer, "", "good film", 9)[0]], "texts") == [0]
-
-
-def test_texts_without_prompt_get_a_first_token():
-    (chosen, start), _ = encoded([{"prompt": "", "chosen": "good film", "rejected": "bad"}]).rows
-    assert chosen[0] == EOS and start == 1 and chosen.count(EOS) == 2 and len(chosen) == 4
-
-
-def test_first_token_that_the_tokenizer_writes_itself_is_not_doubled():
-    tokenizer = tiny_tokenizer(["good", "bad"])
-    bos = tokenizer.eos_token
-    tokenizer._tokenizer.post_processor = TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, EOS)])
-    (chosen, start), _ = encoded([{"prompt": "", "chosen": "good", "rejected": "bad"}], tokenizer).rows
-    assert chosen[0] == EOS and start == 1 and len(chosen) == 3  # <s> good </s>
-
-
-def merging_tokenizer() -> PreTrainedTokenizerFast:
-    """Letters, of which a and b become one token."""
-    vocab = {token: n for n, token in enumerate(["<pad>", "<eos>", "a", "b", "c", "ab"])}
-    tokenizer = Tokenizer(models.BPE(vocab, merges=[("a", "b")]))
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
-
-
-def test_response_starts_where_the_tokens_part():
-    record = {"prompt": "ca", "chosen": "bc", "rejected": "cc"}
-    (chosen, first), (rejected, second) = encoded([record], merging_tokenizer()).rows
-    assert chosen == [4, 5, 4, EOS] and rejected == [4, 2, 4, 4, EOS]  # c|ab|c and c|a|c|c
-    assert first == second == 1
-
-
-CHAT = """{% for m in messages %}{{ m.role }} {{ m.content }} <eos> {% endfor -%}
-{% if add_generation_prompt %}bot{% endif %}"""
-
-
-def test_conversations_of_every_form():
-    tokenizer = tiny_tokenizer(["user", "bot", "good", "bad", "film"])
-    tokenizer.chat_template = CHAT
-    user, good, bad = ({"role": r, "content": c} for r, c in (("user", "film"), ("bot", "good"), ("bot", "bad")))
-    records = [
-        {"prompt": [user], "chosen": [good], "rejected": [bad]},
-        {"chosen": [user, good], "rejected": [user, bad]},
-        {"prompt": "film", "chosen": [user, good], "rejected": [user, bad]},
-    ]
-    texts = [dpo.from_messages(tokenizer, record, ("chosen", "rejected")) for record in records]
-    assert len({tuple(text[name] for name in ("prompt", "chosen", "rejected")) for text in texts}) == 1
-    (chosen, start), (rejected, _) = encoded(texts[:1], tokenizer).rows
-    assert tokenizer.decode(chosen) == "user film <eos> bot good <eos>"
-    assert tokenizer.decode(rejected) == "user film <eos> bot bad <eos>" and start == 4
-    longer = {"chosen": [user, good, user, bad], "rejected": [user, bad]}  # they part at the second message
-    assert dpo.from_messages(tokenizer, longer, ("chosen", "rejected"))["prompt"] == texts[0]["prompt"]
-    silent = {"prompt": [user], "chosen": [good], "rejected": [{"role": "bot", "content": ""}]}
-    with pytest.raises(SystemExit):
-        encoded([dpo.from_messages(tokenizer, silent, ("chosen", "rejected"))], tokenizer)
-    single = dpo.from_messages(tokenizer, {"prompt": [user], "completion": [good]}, ("completion",))
-    assert single["prompt"] == texts[0]["prompt"] and single["completion"] == texts[0]["chosen"]
-
-
-def write(folder: Path, records: list[dict]) -> Path:
-    folder.mkdir(parents=True)
-    (folder / "train.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    return folder
+def write(file: Path, records: list[dict]) -> Path:
+    file.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return file
 
 
 PAIRS = [{"prompt": "it is", "chosen": f" good {word}", "rejected": f" bad {word}"}
@@ -437,109 +387,66 @@ PAIRS = [{"prompt": "it is", "chosen": f" good {word}", "rejected": f" bad {word
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_every_loss_learns_from_a_dataset(folders, tmp_path, loss):
-    flags = [*folders[1], *SMALL, "--pairs", write(tmp_path / "pairs", PAIRS), "--loss", loss, "--sft-epochs", 0]
+    flags = [*folders[1], *SMALL, "--dataset", write(tmp_path / "pairs.jsonl", PAIRS), "--eval-split", "train"]
+    flags += ["--loss", loss, "--beta", 2 if loss == "simpo" else 0.1, "--batch-size", 4]
     folder = run(*flags, "--total-episodes", 64, "--run-dir", tmp_path / "runs")
-    rows = [dict(zip(*lines, strict=True)) for lines in columns_of(folder)]
+    head, *lines = [line.split(",") for line in rows_of(folder)]
+    rows = [dict(zip(head, line, strict=True)) for line in lines]
     margins = [float(row["rewards/margins"]) for row in rows if row["rewards/margins"]]
     assert margins[-1] > margins[0]
-    assert not (folder / "pairs").exists()
-    assert ("charts/kto_kl" in rows[-1] and bool(rows[-1]["charts/kto_kl"])) == (loss == "kto")
-
-
-def columns_of(folder: Path) -> list[tuple[list[str], list[str]]]:
-    head, *lines = [line.split(",") for line in rows_of(folder)]
-    return [(head, line) for line in lines]
+    held_out = [float(row["eval/margin"]) for row in rows if row["eval/margin"]]
+    assert len(held_out) > 2 and held_out[-1] > held_out[0]
+    assert json.loads((folder / "summary.json").read_text())["accuracy"] > 0.8
 
 
 def test_labelled_texts_teach_kto_and_nothing_else(folders, tmp_path, capsys):
-    records = [{"prompt": p["prompt"], "completion": p[name], "label": name == "chosen"}
+    records = [{"prompt": p["prompt"], "completion": p[name], "label": "good" if name == "chosen" else "bad"}
                for p in PAIRS for name in ("chosen", "rejected")][:9]  # fmt: skip
-    flags = [*folders[1], *SMALL, "--pairs", write(tmp_path / "texts", records), "--run-dir", tmp_path / "runs"]
-    assert run(*flags, "--loss", "kto").is_dir()
-    assert "no column 'chosen'" in fails(capsys, *flags, "--loss", "dpo")
+    flags = [*folders[1], *SMALL, "--dataset", write(tmp_path / "texts.jsonl", records), "--eval-split", "train"]
+    flags += ["--run-dir", tmp_path / "runs"]
+    summary = json.loads((run(*flags, "--loss", "kto") / "summary.json").read_text())
+    assert summary["margin"] > 0
+    assert "--loss dpo needs columns chosen and rejected" in fails(capsys, *flags, "--loss", "dpo")
 
 
-def test_pairs_of_rated_texts(folders, tmp_path, capsys):
-    args = dpo.parse_args(dpo.Args, dpo.PRESETS, [*folders[1], *SMALL, "--pairs", "human"])
-    data, tokenizer = dpo.load_split(args.dataset, "reward"), tiny_tokenizer()
-    rating = dict(zip(data["text"], data["rating"], strict=True))
-    pairs = dpo.rated_preferences(args, tokenizer, data)
-    assert f"{len(pairs)} of 24 pairs" in capsys.readouterr().out
-    assert pairs and all(rating[p["chosen"]] > rating[p["rejected"]] and p["prompt"] == "" for p in pairs)
-    args.loss = "kto"
-    texts = dpo.rated_preferences(args, tokenizer, data)
-    assert len(texts) == len(data) and all((rating[t["completion"]] > 0) == t["label"] for t in texts)
-    assert run(*folders[1], *SMALL, "--pairs", "human", "--run-dir", tmp_path).is_dir()
-
-
-# Whole runs -------------------------------------------------------------------------------------
-
-
-def test_run_leaves_models_pairs_and_numbers(small_run):
+def test_run_leaves_a_model_and_numbers(small_run, folders):
     tokenizer = AutoTokenizer.from_pretrained(small_run / "policy")
-    sft, policy = (AutoModelForCausalLM.from_pretrained(small_run / name) for name in ("sft", "policy"))
+    start, policy = (AutoModelForCausalLM.from_pretrained(path) for path in (folders[0] / "lm", small_run / "policy"))
     assert policy(**tokenizer("good film", return_tensors="pt")).logits.shape == (1, 2, 11)
-    assert not torch.equal(sft.lm_head.weight, policy.lm_head.weight)
-    pairs = [json.loads(line) for line in (small_run / "pairs" / "train.jsonl").read_text().splitlines()]
-    assert len(pairs) == 24
-    assert all(pair["chosen_score"] >= pair["rejected_score"] for pair in pairs)
-    assert len({pair["chosen_ended"] for pair in pairs}) == 2, "some texts should end and some not"
+    assert not torch.equal(start.lm_head.weight, policy.lm_head.weight)
     summary = json.loads((small_run / "summary.json").read_text())
-    assert summary["before"]["kl"] == pytest.approx(0, abs=1e-5) and summary["after"]["kl"] != 0
-    assert set(summary["after"]) >= {"score", "judge", "vader", "kl", "length", "distinct_2", "ref_perplexity"}
+    before, after = summary["before"], summary["after"]
+    assert before["kl"] == pytest.approx(0, abs=1e-5) and after["kl"] != 0
+    assert set(before) == set(after) >= {"gold", "gold_std", "kl", "kl_interval", "length", "distinct_2", "ended"}
+    assert summary["gold_gain"] == pytest.approx((after["gold"] - before["gold"]) / before["gold_std"])
+    assert 0 <= summary["accuracy"] <= 1
     samples = (small_run / "samples.md").read_text()
     assert samples.count("- before: ") == samples.count("- after: ") == 8
 
 
-def test_pairs_of_a_run_can_be_used_again(small_run, folders, tmp_path):
-    again = run(*folders[1], *SMALL, "--pairs", small_run / "pairs", "--run-dir", tmp_path)
-    assert rows_of(again) == rows_of(small_run)
-
-
-def test_pairs_are_the_best_and_the_worst_of_what_the_model_writes(folders, small_run):
-    args = dpo.parse_args(dpo.Args, dpo.PRESETS, [*folders[1], *SMALL, "--num-samples", "24"])
-    tokenizer, lm = dpo.load_lm(str(small_run / "sft"))
-    reward = dpo.Reward(str(small_run / "reward_model"), lm, tokenizer, -1)
-    prompts = dpo.make_prompts(args, tokenizer, dpo.load_split(args.dataset, "reward"))
-    pairs = dpo.sample_pairs(args, Accelerator(cpu=True), tokenizer, lm, reward, prompts)
-    fewer = [json.loads(line) for line in (small_run / "pairs" / "train.jsonl").read_text().splitlines()]
-    gaps = [np.mean([p["chosen_score"] - p["rejected_score"] for p in found]) for found in (pairs, fewer)]
-    assert gaps[0] > gaps[1] > 0  # 24 samples spread further than fewer
-    for pair, name in itertools.product(pairs, ("chosen", "rejected")):
-        expected = reward.score([pair["prompt"] + pair[name]]).item()
-        expected -= args.missing_eos_penalty * (not pair[f"{name}_ended"])
-        assert pair[f"{name}_score"] == pytest.approx(expected, abs=1e-3)
-    seen, args.missing_eos_penalty = [], 0.0
-    spy = SimpleNamespace(score=lambda texts: seen.append(reward.score(texts)) or seen[-1])
-    pairs = dpo.sample_pairs(args, Accelerator(cpu=True), tokenizer, lm, spy, prompts)
-    for pair, row in zip(pairs, torch.cat(seen).view(-1, 24), strict=True):
-        assert pair["chosen_score"] == pytest.approx(row.max().item(), abs=1e-3)
-        assert pair["rejected_score"] == pytest.approx(row.min().item(), abs=1e-3)
-
-
-def test_both_scripts_read_one_bag_in_one_process(small_run):
-    """transformers knows one class by the name ngram_bag: that of the script imported last."""
-    tokenizer, lm = dpo.load_lm(str(small_run / "sft"))
-    texts = ["A warm and funny film.", "It is dull."]
-    scripts = (dpo, load_script("rlhf/rlhf_ppo.py"))
-    scores = [script.Reward(str(small_run / "reward_model"), lm, tokenizer, -1).score(texts) for script in scripts]
-    assert torch.equal(*scores) and scores[0][0] != scores[0][1]
-
-
-@pytest.mark.parametrize("stage", ["sft", "reward", "dpo"])
-def test_interrupted_run_resumes_where_it_was(folders, small_run, stage, monkeypatch):
-    count = {"sft": 1, "reward": 2, "dpo": 3}[stage]
+@pytest.mark.parametrize("count", [1, 2])
+def test_interrupted_run_resumes_where_it_was(folders, small_run, count, monkeypatch):
     interrupt_at_report(dpo, monkeypatch, count, lambda: run(*folders[1], *SMALL))
     newest = max(Path(folders[0] / "runs").iterdir(), key=lambda p: p.stat().st_mtime)
-    assert torch.load(newest / "model.pt", weights_only=True)["stage"] == stage
     assert rows_of(run("--resume", newest)) == rows_of(small_run)
 
 
 def test_saved_run_is_evaluated(small_run, capsys):
     summary = json.loads((small_run / "summary.json").read_text())
-    dpo.evaluate_saved(dpo.parse_args(dpo.Args, dpo.PRESETS, ["--eval", str(small_run)]))
-    shown = f"score {summary['before']['score']:.2f} → {summary['after']['score']:.2f} judge"
-    assert shown in capsys.readouterr().out
+    run("--eval", small_run)
+    shown = capsys.readouterr().out
+    assert f"gold {summary['after']['gold']:.4g}" in shown and f"accuracy {summary['accuracy']:.4g}" in shown
+
+
+def test_lora_trains_an_adapter_and_its_reference_is_the_model_without(folders, tmp_path):
+    folder = run(*folders[1], *SMALL, "--lora-rank", "2", "--run-dir", tmp_path)
+    saved = torch.load(folder / "model.pt", weights_only=True)["parts"]["policy"]
+    assert saved and all("lora_" in name for name in saved)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["before"]["kl"] == pytest.approx(0, abs=1e-5) and abs(summary["after"]["kl"]) > 1e-4
+    merged = AutoModelForCausalLM.from_pretrained(folder / "policy").transformer.h[0].attn.c_attn.weight
+    start = AutoModelForCausalLM.from_pretrained(folders[0] / "lm").transformer.h[0].attn.c_attn.weight
+    assert not torch.equal(merged, start)
 
 
 @pytest.mark.parametrize("loss", ["dpo", "kto"])
@@ -554,10 +461,8 @@ def test_two_processes_equal_one(tmp_path, folders, loss):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     (together,) = (tmp_path / "two").iterdir()
-    assert (alone / "pairs/train.jsonl").read_text() == (together / "pairs/train.jsonl").read_text()
-    for name in ("sft", "policy", "reward_model"):
-        one, two = (torch.cat([p.flatten() for p in load_weights(f / name).values()]) for f in (alone, together))
-        assert (one - two).abs().max() < 5e-5, name
+    one, two = (torch.cat([p.flatten() for p in load_weights(f / "policy").values()]) for f in (alone, together))
+    assert (one - two).abs().max() < 5e-5
 
 
 # Bad input --------------------------------------------------------------------------------------
@@ -574,30 +479,31 @@ def fails(capsys, *flags: object) -> str:
 @pytest.mark.parametrize(
     ("flags", "part"),
     [
-        (["--pairs", "no_such_folder"], "no_such_folder"),
-        (["--loss", "ppo"], "--loss"),
-        (["--beta", "0"], "--beta must be positive"),
-        (["--label-smoothing", "0.5"], "--label-smoothing must lie in [0, 0.5)"),
-        (["--desirable-weight", "-1"], "--desirable-weight must be positive"),
-        (["--num-samples", "1"], "--num-samples must be at least 2"),
+        (["--dataset", "no_such_folder"], "no_such_folder"),
+        (["--gold", "no_such_file.py:f"], "no_such_file.py"),
+        (["--beta", "0"], "--beta must be > 0"),
+        (["--label-smoothing", "0.5"], "--label-smoothing must be in [0, 0.5)"),
+        (["--desirable-weight", "-1"], "--desirable-weight must be > 0"),
         (["--gradient-accumulation", "3"], "cannot be shared by 3"),
+        (["--max-completion-length", "1000"], "lower --max-completion-length"),
     ],
 )
 def test_bad_input(folders, capsys, flags, part):
+    runs = set((folders[0] / "runs").glob("*"))
     assert part in fails(capsys, *folders[1], *SMALL, *flags)
+    assert set((folders[0] / "runs").glob("*")) == runs
 
 
-@pytest.mark.parametrize("missing", ["prompt", "chosen", "rejected"])
+@pytest.mark.parametrize("missing", ["chosen", "rejected"])
 def test_missing_column_is_named(folders, tmp_path, capsys, missing):
     records = [{name: text for name, text in pair.items() if name != missing} for pair in PAIRS]
-    flags = [*folders[1], *SMALL, "--pairs", write(tmp_path / "pairs", records), "--run-dir", tmp_path / "runs"]
-    message = fails(capsys, *flags)
-    assert f"no column '{missing}'" in message
-    assert all(name in message for name in {"prompt", "chosen", "rejected"} - {missing})
-    assert not (tmp_path / "runs").exists()
+    flags = [*folders[1], *SMALL, "--dataset", write(tmp_path / "pairs.jsonl", records), "--eval-split", "train"]
+    message = fails(capsys, *flags, "--run-dir", tmp_path / "runs")
+    assert "needs columns chosen and rejected" in message and not (tmp_path / "runs").exists()
 
 
 def test_conversations_need_a_template(folders, tmp_path, capsys):
     talk = [{"role": "user", "content": "film"}, {"role": "assistant", "content": "good"}]
     records = [{"chosen": talk, "rejected": [talk[0], {"role": "assistant", "content": "bad"}]}]
-    assert "template" in fails(capsys, *folders[1], *SMALL, "--pairs", write(tmp_path / "pairs", records))
+    file = write(tmp_path / "pairs.jsonl", records)
+    assert "template" in fails(capsys, *folders[1], *SMALL, "--dataset", file, "--eval-split", "train")
