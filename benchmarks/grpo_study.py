@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 
 HERE = Path(__file__).resolve().parent
 RESULTS, FIGURES = HERE / "results", HERE / "figures"
@@ -130,7 +131,8 @@ def passk(grpo, seeds: list[int], flags: list[str], problems: int = 128, samples
                     rng = np.random.default_rng(10**9 + seed)
                     asked = grpo.make_rows(tokenizer, rng, problems, *swaps, True)
                     repeated = [row for row in asked for _ in range(samples)]
-                    texts = grpo.answer(args, lm, tokenizer, repeated, rng, 1.0)[-1]
+                    draws = rng.random((len(repeated), args.max_completion_length), np.float32)
+                    texts = grpo.answer(args, lm, tokenizer, repeated, draws, 1.0)[-1]
                     right = grpo.score("cups", grpo.load_reward("cups"), repeated, texts).view(problems, samples)
                     found = {f"pass@{k}": grpo.pass_at_k(right, k) for k in ks}
                     rows.append({"seed": seed, "model": when, "problems": kind, **found})
@@ -186,10 +188,10 @@ def step(grpo) -> None:
             started = time.perf_counter()
             theirs.train()
             trl_seconds = (time.perf_counter() - started) / iterations
-            started = time.perf_counter()
+            accelerator, started = Accelerator(cpu=True), time.perf_counter()
             for _ in range(iterations):
-                batch = grpo.rollout(ours, lm, tokenizer, reward, None, len(asked), rng)
-                grpo.update(ours, lm, None, optimizer, batch, rng)
+                batch = grpo.rollout(ours, accelerator, lm, tokenizer, reward, None, len(asked), rng)
+                grpo.update(ours, accelerator, lm, None, optimizer, batch, rng)
             seconds = (time.perf_counter() - started) / iterations
         parameters = sum(p.numel() for p in lm.parameters())
         rows.append({"model": size, "parameters": parameters, "grpo.py": seconds, "trl": trl_seconds})

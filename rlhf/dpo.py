@@ -715,15 +715,17 @@ def own_parts(args: Args, accelerator: Accelerator, rows: np.ndarray) -> list[np
     return [part for part in parts[first : first + args.gradient_accumulation] if len(part)]
 
 
-def take_step(args: Args, accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> None:
-    """Adds up what the processes found, limits the gradient's norm, and moves the weights."""
-    parameters = [p for p in optimizer.param_groups[0]["params"] if p.grad is not None]
+def take_step(args: Args, accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> Tensor:
+    """Adds up what the processes found, limits the gradient's norm, and moves the weights; returns the norm."""
+    parameters = optimizer.param_groups[0]["params"]
     if accelerator.num_processes > 1:
         for parameter in parameters:
-            parameter.grad = accelerator.reduce(parameter.grad, "sum")
-    nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+            mine = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            parameter.grad = accelerator.reduce(mine, "sum")
+    norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
     optimizer.step()
     optimizer.zero_grad()
+    return norm
 
 
 class Trained:

@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.4", "transformers>=5.0", "tokenizers>=0.21", "datasets>=3.0", "peft>=0.17", "numpy>=1.26",
-#                 "tyro>=0.9", "tqdm>=4.60", "matplotlib>=3.8", "wandb>=0.17"]
+# dependencies = ["torch>=2.4", "transformers>=5.0", "tokenizers>=0.21", "datasets>=3.0", "accelerate>=1.0",
+#                 "peft>=0.17", "numpy>=1.26", "tyro>=0.9", "tqdm>=4.60", "matplotlib>=3.8", "wandb>=0.17"]
 # ///
 """Group Relative Policy Optimization (GRPO) and kin: reinforcement learning from verifiable rewards.
 
@@ -36,6 +36,7 @@ Run      python rlhf/grpo.py
              --eval-samples 4
                 the file: datasets.load_dataset("openai/gsm8k", "main", split="train") \\
                               .rename_column("question", "prompt").to_json("gsm8k.jsonl")
+         accelerate launch --num-processes 2 rlhf/grpo.py --model my_model --dataset my_problems.jsonl --reward number
          python rlhf/grpo.py --eval runs/<folder>
 
 Expect   Seeds 301 to 304, two runs at a time on two cores of an AMD EPYC: 102 to 139 s of training, warm start
@@ -62,6 +63,7 @@ Deviations from the papers
 from __future__ import annotations
 
 import ast
+import atexit
 import contextlib
 import csv
 import dataclasses
@@ -75,6 +77,7 @@ import platform
 import re
 import shutil
 import sys
+import tempfile
 import time
 import zlib
 from collections import Counter, deque
@@ -92,6 +95,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 import tyro
+from accelerate import Accelerator
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -566,9 +570,12 @@ def pass_at_k(right: Tensor, k: int) -> float:
 
 def train(args: Args) -> Path:
     """Trains as args say and returns the run folder."""
+    accelerator = Accelerator(cpu=pick_device(args.device).type == "cpu")
+    if not accelerator.is_main_process:
+        args = helper_process(args)
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
-    device = pick_device(args.device)
+    device = accelerator.device
     tokenizer, lm = prepare(args)
     lm.to(device)
     rewards = {name: load_reward(name) for name in args.reward}
@@ -603,19 +610,19 @@ def train(args: Args) -> Path:
                 group["lr"] = lr
 
             # Answer each problem several times, and judge the answers.
-            batch = rollout(args, lm, tokenizer, rewards, problems, args.num_prompts, rng)
+            batch = rollout(args, accelerator, lm, tokenizer, rewards, problems, args.num_prompts, rng)
             metrics, sampled = summarize(batch), args.num_prompts  # of what was sampled first
             for _ in range(args.dynamic_sampling):  # Section 3.2, Yu 2025
                 dull = np.flatnonzero(~mixed(batch["rewards"]))
                 if len(dull) == 0:
                     break
-                more = rollout(args, lm, tokenizer, rewards, problems, len(dull), rng)
+                more = rollout(args, accelerator, lm, tokenizer, rewards, problems, len(dull), rng)
                 sampled += len(dull)
                 for name in batch:
                     batch[name][dull] = more[name]
 
             # Make the better answers of each group likelier, and the worse ones less likely.
-            metrics |= update(args, lm, reference, optimizer, batch, rng)
+            metrics |= update(args, accelerator, lm, reference, optimizer, batch, rng)
 
             step += sampled * args.group_size
             measured = {}
@@ -675,8 +682,8 @@ def warm_start(args: Args, lm: nn.Module, tokenizer: Any) -> None:
 
 
 def rollout(
-    args: Args, lm: nn.Module, tokenizer: Any, rewards: dict[str, Callable], problems: list[dict] | None, count: int,
-    rng: np.random.Generator,
+    args: Args, accelerator: Accelerator, lm: nn.Module, tokenizer: Any, rewards: dict[str, Callable],
+    problems: list[dict] | None, count: int, rng: np.random.Generator,
 ) -> dict[str, Any]:  # fmt: skip
     """A group of answers to each of some problems, judged; everything is [P, G] or [P, G, R], but rows [P]."""
     if problems is None:
@@ -684,7 +691,12 @@ def rollout(
     else:
         rows = [problems[i] for i in rng.choice(len(problems), count, replace=count > len(problems))]
     repeated = [row for row in rows for _ in range(args.group_size)]
-    tokens, mask, logprobs, texts = answer(args, lm, tokenizer, repeated, rng, args.temperature)
+    uniforms = rng.random((len(repeated), args.max_completion_length), np.float32)
+    alone = len(repeated) % accelerator.num_processes > 0  # no equal shares: every process answers everything
+    if not alone:  # every process answers its share, and then has all
+        own = np.array_split(np.arange(len(repeated)), accelerator.num_processes)[accelerator.process_index]
+        repeated, uniforms = [repeated[n] for n in own], uniforms[own]
+    tokens, mask, logprobs, texts = answer(args, lm, tokenizer, repeated, uniforms, args.temperature)
     judged = [score(name, reward, repeated, texts) for name, reward in rewards.items()]
     total = torch.stack(judged, 1) @ torch.tensor(args.reward_weights or [1.0] * len(judged))
     if args.overlong_buffer:
@@ -693,14 +705,16 @@ def rollout(
     formed = torch.tensor([math.nan if read is None else float(read(text) is not None) for text in texts])
     ended = ((tokens == tokenizer.eos_token_id) & (mask > 0)).any(1)  # padding may be the same token
     batch = dict(tokens=tokens, mask=mask, logprobs=logprobs, ended=ended, rewards=total.to(lm.device))
-    batch |= dict(right=judged[0] >= 1, formed=formed)
+    batch |= dict(right=(judged[0] >= 1).to(lm.device), formed=formed.to(lm.device))
+    if not alone:
+        batch = {name: accelerator.gather(values) for name, values in batch.items()}
     batch = {name: values.unflatten(0, (count, args.group_size)) for name, values in batch.items()}
     return batch | {"rows": np.array(rows, dtype=object)}
 
 
 def update(
-    args: Args, lm: nn.Module, reference: nn.Module | None, optimizer: torch.optim.Optimizer, batch: dict[str, Any],
-    rng: np.random.Generator,
+    args: Args, accelerator: Accelerator, lm: nn.Module, reference: nn.Module | None,
+    optimizer: torch.optim.Optimizer, batch: dict[str, Any], rng: np.random.Generator,
 ) -> dict[str, float]:  # fmt: skip
     """Moves the policy along the gradient on one batch of answers; means of what there is to see on the way."""
     # One answer a row, B = P * G: prompt and answer are ids [B, S + T]; the other tensors are [B, T].
@@ -722,10 +736,7 @@ def update(
     means, norms = torch.zeros(4, device=lm.device), []
     for _ in range(args.update_epochs):
         for minibatch in np.array_split(rng.permutation(rows), args.num_minibatches):
-            optimizer.zero_grad()
-            for part in np.array_split(minibatch, args.gradient_accumulation):
-                if len(part) == 0:
-                    continue
+            for part in own_parts(args, accelerator, minibatch):
                 logprobs, entropy = token_logprobs(lm, ids[part], seen[part], width, args.temperature)
                 loss, low, high = policy_loss(logprobs, old_logprobs[part], advantages[part], mask[part], *clip)
                 kl = torch.zeros_like(loss)
@@ -737,11 +748,41 @@ def update(
                 (args.num_minibatches * total * weights[part]).sum().backward()
                 seen_here = (loss * weights[part], kl * shares[part], low * shares[part], high * shares[part])
                 means += torch.stack([x.detach().sum() for x in seen_here]) / args.update_epochs
-            norms.append(nn.utils.clip_grad_norm_(lm.parameters(), args.max_grad_norm).item())
-            optimizer.step()
+            norms.append(take_step(args, accelerator, optimizer).item())
+    means = accelerator.reduce(means, "sum")
     lm.eval()
     names = ("losses/policy_loss", "losses/kl", "losses/clip_low", "losses/clip_high")
     return dict(zip(names, means.tolist(), strict=True)) | {"losses/grad_norm": sum(norms) / len(norms)}
+
+
+def own_parts(args: Args, accelerator: Accelerator, rows: np.ndarray) -> list[np.ndarray]:
+    """This process's share of a minibatch, in the parts that go through the model one by one."""
+    parts = np.array_split(rows, accelerator.num_processes * args.gradient_accumulation)
+    first = accelerator.process_index * args.gradient_accumulation
+    return [part for part in parts[first : first + args.gradient_accumulation] if len(part)]
+
+
+def take_step(args: Args, accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> Tensor:
+    """Adds up what the processes found, limits the gradient's norm, and moves the weights; returns the norm."""
+    parameters = optimizer.param_groups[0]["params"]
+    if accelerator.num_processes > 1:
+        for parameter in parameters:
+            mine = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            parameter.grad = accelerator.reduce(mine, "sum")
+    norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm
+
+
+def helper_process(args: Args) -> Args:
+    """Settings of a process that only computes: the first one alone writes the run folder and prints."""
+    sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    scratch = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, scratch, ignore_errors=True)
+    if args.resume:
+        shutil.copytree(args.resume, Path(scratch, "run"))
+    return dataclasses.replace(args, run_dir=scratch, resume=args.resume and f"{scratch}/run", track=False)
 
 
 def mixed(rewards: Tensor) -> np.ndarray:
@@ -772,15 +813,15 @@ def summarize(batch: dict[str, Any]) -> dict[str, float | None]:
 
 @torch.no_grad()
 def answer(
-    args: Args, lm: nn.Module, tokenizer: Any, rows: list[dict], rng: np.random.Generator, temperature: float
+    args: Args, lm: nn.Module, tokenizer: Any, rows: list[dict], uniforms: np.ndarray, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor, list[str]]:
     """An answer to each problem: tokens, mask and log-probabilities, [B, R], and the text."""
     size, parts = args.num_prompts * args.group_size, []
     for start in range(0, len(rows), size):  # at most as many at a time as in training
         prompts = [row["ids"] for row in rows[start : start + size]]
         ids, mask = (x.to(lm.device) for x in pad(prompts, tokenizer.pad_token_id, "left"))
-        uniforms = torch.from_numpy(rng.random((len(ids), args.max_completion_length), np.float32)).to(lm.device)
-        parts.append(sample(lm, ids, mask, uniforms, tokenizer.eos_token_id, tokenizer.pad_token_id, temperature))
+        draws = torch.from_numpy(uniforms[start : start + size]).to(lm.device)
+        parts.append(sample(lm, ids, mask, draws, tokenizer.eos_token_id, tokenizer.pad_token_id, temperature))
     tokens, mask, logprobs = (torch.cat(x) for x in zip(*parts, strict=True))
     written = [row[real].tolist() for row, real in zip(tokens.cpu(), mask.cpu().bool(), strict=True)]
     return tokens, mask, logprobs, tokenizer.batch_decode(written, skip_special_tokens=True)
@@ -793,9 +834,10 @@ def evaluate(
     (name, reward), results, texts = next(iter(rewards.items())), {}, []
     for kind, rows in tests.items():
         rng = np.random.default_rng(10**9 + args.seed)
-        _, mask, _, greedy = answer(args, lm, tokenizer, rows, rng, temperature=1e-6)
-        repeated = [row for row in rows for _ in range(args.eval_samples)]
-        samples = answer(args, lm, tokenizer, repeated, rng, args.temperature)[-1]
+        repeated, length = [row for row in rows for _ in range(args.eval_samples)], args.max_completion_length
+        _, mask, _, greedy = answer(args, lm, tokenizer, rows, rng.random((len(rows), length), np.float32), 1e-6)
+        uniforms = rng.random((len(repeated), length), np.float32)
+        samples = answer(args, lm, tokenizer, repeated, uniforms, args.temperature)[-1]
         right = (score(name, reward, repeated, samples) >= 1).view(len(rows), -1)
         results |= {
             f"{kind}greedy": (score(name, reward, rows, greedy) >= 1).float().mean().item(),

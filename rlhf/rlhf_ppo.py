@@ -124,7 +124,7 @@ class Args:
     temperature: float = 1.0  # divides the logits, in sampling and in scoring alike
     learning_rate: float = 3e-4  # Adam's step size at the start; 1e-5 suits pretrained models of 100M and more
     anneal_lr: bool = True  # lower the learning rate linearly to zero
-    kl_coef: float = 0.1  # price of a nat of KL from the SFT model (beta)
+    kl_coef: float = 0.15  # price of a nat of KL from the SFT model (beta)
     missing_eos_penalty: float = 1.0  # taken off the reward of a text that did not end
     gamma: float = 1.0  # discount factor per token, in [0, 1]
     gae_lambda: float = 0.95  # in [0, 1]: 0 trusts the value head (bias), 1 the sampled return (variance)
@@ -825,15 +825,17 @@ def own_parts(args: Args, accelerator: Accelerator, rows: np.ndarray) -> list[np
     return [part for part in parts[first : first + args.gradient_accumulation] if len(part)]
 
 
-def take_step(args: Args, accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> None:
-    """Adds up what the processes found, limits the gradient's norm, and moves the weights."""
-    parameters = [p for p in optimizer.param_groups[0]["params"] if p.grad is not None]
+def take_step(args: Args, accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> Tensor:
+    """Adds up what the processes found, limits the gradient's norm, and moves the weights; returns the norm."""
+    parameters = optimizer.param_groups[0]["params"]
     if accelerator.num_processes > 1:
         for parameter in parameters:
-            parameter.grad = accelerator.reduce(parameter.grad, "sum")
-    nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+            mine = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            parameter.grad = accelerator.reduce(mine, "sum")
+    norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
     optimizer.step()
     optimizer.zero_grad()
+    return norm
 
 
 class Late:

@@ -5,6 +5,9 @@ import csv
 import itertools
 import json
 import math
+import os
+import subprocess
+import sys
 import time
 from collections import Counter, defaultdict
 from fractions import Fraction
@@ -13,7 +16,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import load_script
+from accelerate import Accelerator
+from conftest import ROOT, load_script
 
 grpo = load_script("rlhf/grpo.py")
 
@@ -381,7 +385,9 @@ def fresh_batch(args, tokenizer, lm, reward=None):
     """A batch of answers with rewards that differ."""
     torch.manual_seed(1)
     rewards = {"cups": reward or (lambda prompts, completions, **_: [len(text) % 5 for text in completions])}
-    return grpo.rollout(args, lm, tokenizer, rewards, None, args.num_prompts, np.random.default_rng(3))
+    return grpo.rollout(
+        args, Accelerator(cpu=True), lm, tokenizer, rewards, None, args.num_prompts, np.random.default_rng(3)
+    )
 
 
 @pytest.mark.parametrize("pad_token", ["<pad>", "<eos>"])
@@ -407,7 +413,7 @@ def after_update(lm, batch, args):
     """The weights after one update of a copy with plain gradient descent."""
     model = copy.deepcopy(lm)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    metrics = grpo.update(args, model, None, optimizer, batch, np.random.default_rng(0))
+    metrics = grpo.update(args, Accelerator(cpu=True), model, None, optimizer, batch, np.random.default_rng(0))
     return torch.cat([p.detach().flatten() for p in model.parameters()]), metrics
 
 
@@ -459,9 +465,9 @@ def test_mixed_tells_groups_with_something_to_learn():
 def test_dynamic_sampling_replaces_groups_without_variance(tmp_path, monkeypatch):
     counts, real = [], grpo.rollout
 
-    def spy(args, lm, tokenizer, rewards, problems, count, rng):
-        counts.append(count)
-        return real(args, lm, tokenizer, rewards, problems, count, rng)
+    def spy(*args):
+        counts.append(args[-2])
+        return real(*args)
 
     monkeypatch.setattr(grpo, "rollout", spy)
     run = train(tmp_path, TINY, "--total-episodes 16 --dynamic-sampling 3")  # a model this young is never right
@@ -482,7 +488,7 @@ def test_dynamic_sampling_updates_on_the_new_groups(tmp_path, monkeypatch):
         return batch
 
     monkeypatch.setattr(grpo, "rollout", half_dull)
-    monkeypatch.setattr(grpo, "update", lambda *args: used.append(args[4]) or update(*args))
+    monkeypatch.setattr(grpo, "update", lambda *args: used.append(args[5]) or update(*args))
     train(tmp_path, TINY, "--total-episodes 16 --dynamic-sampling 3")
     first, second = made
     [batch] = used
@@ -622,3 +628,22 @@ def test_it_learns_to_write_its_steps_down(tmp_path):
     assert before["pass@1"] < 0.4 and before["greedy"] < 0.4
     assert summary["pass@1"] > before["pass@1"] + 0.25 and summary["greedy"] > before["greedy"] + 0.25
     assert summary["length"] > 1.5 * before["length"]
+
+
+def test_two_processes_equal_one(tiny, dataset, tmp_path):
+    """Two CPU processes share each batch; one process has it whole. The weights must be the same."""
+    flags = own(tiny, dataset) + f" --total-episodes 48 --learning-rate 1e-3 --reward cups {dataset.parent}/shape.py:f"
+    alone = train(tmp_path / "one", flags)
+    launch = "--cpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port 0"
+    command = [sys.executable, "-m", "accelerate.commands.launch", *launch.split(), str(ROOT / "rlhf/grpo.py")]
+    command += [*flags.split(), "--run-dir", str(tmp_path / "two")]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (together,) = (tmp_path / "two").iterdir()
+    one, two = (torch.load(f / "model.pt", weights_only=True)["parts"]["lm"] for f in (alone, together))
+    start = grpo.load_lm(str(tiny / "start"))[1].state_dict()
+    assert max((one[name] - start[name]).abs().max() for name in one) > 1e-3
+    assert max((one[name] - two[name]).abs().max() for name in one) < 2e-5
+    assert rows_of(alone)[0]["objective/reward"] == rows_of(together)[0]["objective/reward"]
