@@ -139,7 +139,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         total_timesteps=150_000, num_envs=16, num_steps=128, learning_rate=2e-3, reward_scale=0.1, norm_obs=True
     ),
     "Pendulum-v1": dict(
-        total_timesteps=300_000, num_envs=16, num_steps=128, update_epochs=10, learning_rate=2e-3, gamma=0.95,
+        total_timesteps=200_000, num_envs=32, num_steps=100, update_epochs=5, learning_rate=3e-3, gamma=0.95,
         reward_scale=0.1, norm_obs=True,
     ),
 }  # fmt: skip

@@ -246,6 +246,23 @@ def test_the_value_after_the_last_step_remembers_the_episode(tmp_path, monkeypat
     assert len(checked) > 100 and set(checked) == {99}
 
 
+@each_memory
+def test_a_rollout_ends_with_the_value_with_which_the_next_begins(tmp_path, monkeypatch, memory):
+    """Same observation, same episode so far; and weights that hardly moved in between."""
+    given, gae = [], lstm.gae
+
+    def spy(rewards, values, *rest):
+        given.append(values.copy())
+        return gae(rewards, values, *rest)
+
+    monkeypatch.setattr(lstm, "gae", spy)
+    changes = dict(num_steps=7, learning_rate=1e-12, memory=memory)
+    lstm.train(settings(tmp_path, "RecallVaried-v0", total_timesteps=1_000, **changes))
+    for values, following in zip(given, given[1:], strict=False):
+        np.testing.assert_allclose(values[-1], following[0], atol=1e-6)
+    assert np.ptp([values[-1] for values in given]) > 0.01
+
+
 def test_minibatches_are_whole_environments_with_their_own_states(tmp_path, monkeypatch):
     shapes, original = set(), lstm.Agent.value
 
@@ -267,7 +284,7 @@ def test_minibatches_are_whole_environments_with_their_own_states(tmp_path, monk
         ("ProbeDelayed-v0", [0, 1], [0.5, 1], {"gamma": 0.5, "num_steps": 4, "num_envs": 32}),
         ("ProbeTruncated-v0", [0], [2], {"gamma": 0.5, "memory": "none"}),
         ("ProbeTruncated-v0", [0], [1], {"gamma": 0.5, "bootstrap_truncated": False}),
-        ("ProbeContinuous-v0", [-1], [0], {"total_timesteps": 30_000}),
+        ("ProbeContinuous-v0", [-1], [0], {"total_timesteps": 30_000, "num_envs": 32}),
     ],
 )
 def test_probe_environments_learn_their_value(tmp_path, env, episode, expected, changes):
@@ -280,7 +297,7 @@ def test_probe_environments_learn_their_value(tmp_path, env, episode, expected, 
 
 @pytest.mark.parametrize("memory", ["lstm", "gru"])
 def test_what_was_seen_once_is_known_when_asked(tmp_path, memory):
-    changes = dict(total_timesteps=40_000, memory=memory, gamma=0.8, num_envs=16)
+    changes = dict(total_timesteps=30_000, memory=memory, gamma=0.8, num_envs=32)
     agent, summary = trained(tmp_path, "Recall-v0", **changes)
     assert summary["eval_return_mean"] == 1 and summary["solved_step"] is not None
     for sign in (-1, 1):
@@ -289,7 +306,7 @@ def test_what_was_seen_once_is_known_when_asked(tmp_path, memory):
 
 
 def test_without_memory_asking_is_tossing_a_coin(tmp_path):
-    changes = dict(total_timesteps=40_000, memory="none", gamma=0.8, num_envs=16, eval_episodes=200)
+    changes = dict(total_timesteps=30_000, memory="none", gamma=0.8, num_envs=32, eval_episodes=200)
     agent, summary = trained(tmp_path, "Recall-v0", **changes)
     assert abs(summary["eval_return_mean"]) < 0.25 and summary["solved_step"] is None
     np.testing.assert_allclose(values_along(agent, [0, 0], [0, 1]), [0, 0], atol=0.15)
@@ -297,7 +314,7 @@ def test_without_memory_asking_is_tossing_a_coin(tmp_path):
 
 def test_evaluation_remembers_each_episode_for_itself(tmp_path):
     """Episodes of different lengths are played at once: states must stay with their episodes when others end."""
-    changes = dict(total_timesteps=60_000, num_envs=16, norm_obs=True, eval_episodes=100)
+    changes = dict(total_timesteps=40_000, num_envs=32, norm_obs=True, eval_episodes=100)
     assert trained(tmp_path, "RecallVaried-v0", **changes)[1]["eval_return_mean"] == 1
 
 
@@ -338,3 +355,13 @@ def test_bad_settings_end_with_one_line(tmp_path, capsys, changes, says):
     error = capsys.readouterr().err
     assert stop.value.code == 2 and says in error and error.count("\n") == 1
     assert not (tmp_path / "runs").exists()
+
+
+def test_cartpole_without_velocities_is_solved_and_not_without_memory(tmp_path):
+    scores = {}
+    for memory in ("lstm", "none"):
+        argv = ["--run-dir", str(tmp_path), "--memory", memory, "--seed", "7", "--eval-episodes", "20"]
+        folder = lstm.train(lstm.parse_args(argv))
+        scores[memory] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    assert scores["lstm"]["solved_step"] < 180_000 and scores["lstm"]["eval_return_mean"] >= 475
+    assert scores["none"]["solved_step"] is None and scores["none"]["eval_return_mean"] < 200
