@@ -213,7 +213,7 @@ def encode(tokenizer: Any, prompt: str, completion: str) -> tuple[list[int], int
 
 
 def load_rows(args: Args, tokenizer: Any, split: str, needed: tuple[str, ...] = ()) -> list[dict[str, Any]]:
-    """The rows of a split that can be used; those that cannot are counted and said.
+    """The rows of a split that can be used; those that cannot are counted and said, and so are texts that are cut.
 
     A row has prompt (a text), ids (the prompt's tokens) and columns as in the dataset; those of the columns chosen,
     rejected and completion that are there are texts, and <column>_ids is (ids, start) as encode() gives them.
@@ -224,7 +224,7 @@ def load_rows(args: Args, tokenizer: Any, split: str, needed: tuple[str, ...] = 
     names = [name for name in ("chosen", "rejected", "completion") if name in columns]
     if missing := [name for name in needed or (() if names else ("prompt",)) if name not in columns]:
         fail(f"the dataset {args.dataset} has no column {missing[0]!r}; it has {', '.join(data.column_names)}")
-    rows, left_out = [], {}
+    rows, left_out, cut = [], {}, 0
     for row in data:
         try:
             row = row | split_text(row["text"], args.prompt_words) if whole else row
@@ -233,6 +233,10 @@ def load_rows(args: Args, tokenizer: Any, split: str, needed: tuple[str, ...] = 
             while len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
                 ids.pop()
             encoded = {f"{name}_ids": encode(tokenizer, prompt, text) for name, text in zip(names, texts, strict=True)}
+            if whole:  # a text that is split here may be cut as well, and then does not end
+                text_ids, start = encoded["completion_ids"]
+                encoded["completion_ids"] = text_ids[: start + args.max_completion_length], start
+                cut += len(text_ids) - start > args.max_completion_length
             reason = unusable(args, ids, texts, list(encoded.values()), tokenizer)
         except Exception as error:  # chat templates are programs of their own
             reason = f"cannot be read ({error})"
@@ -242,6 +246,8 @@ def load_rows(args: Args, tokenizer: Any, split: str, needed: tuple[str, ...] = 
         rows.append(row | dict(zip(names, texts, strict=True)) | encoded | {"prompt": prompt, "ids": ids})
     for reason, count in left_out.items():
         print(f"{count:,} of {len(data):,} rows of {split!r} are left out: {reason}")
+    if cut:
+        print(f"{cut:,} of {len(data):,} texts of {split!r} are cut to --max-completion-length")
     return rows or fail(f"no row of the split {split!r} of {args.dataset} can be used: {', '.join(left_out)}")
 
 

@@ -580,12 +580,15 @@ def test_a_text_that_repeats_its_prompt_has_it_once(tmp_path):
     assert tiny_tokenizer().decode(row["chosen_ids"][0]) == "it is good <eos>" and row["chosen"] == " good"
 
 
-def test_texts_without_prompts_are_split_and_every_kind_of_file_is_read(tmp_path):
+def test_texts_without_prompts_are_split_and_cut_and_every_kind_of_file_is_read(tmp_path, capsys):
     (tmp_path / "texts.csv").write_text("text,stars\nit is good film,5\nbad book,1\n", encoding="utf-8")
-    args = rlhf.Args(dataset=str(tmp_path / "texts.csv"), prompt_words=1)
+    args = rlhf.Args(dataset=str(tmp_path / "texts.csv"), prompt_words=1, max_completion_length=2)
     rows = rlhf.load_rows(args, tiny_tokenizer(), "train")
     assert [(row["prompt"], row["completion"], row["stars"]) for row in rows] == [("it", " is good film", 5),
                                                                                    ("bad", " book", 1)]  # fmt: skip
+    assert [len(row["completion_ids"][0]) for row in rows] == [3, 3]  # one is cut, the other ends
+    assert rows[0]["completion_ids"][0][-1] != EOS == rows[1]["completion_ids"][0][-1]
+    assert "1 of 2 texts of 'train' are cut to --max-completion-length" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("script", ["rlhf_ppo", "dpo", "grpo", "pretrain"])
