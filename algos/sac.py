@@ -126,6 +126,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         total_timesteps=30_000, learning_starts=1000, train_frequency=8, batch_size=128, learning_rate=5e-3,
         gamma=0.97, tau=0.02, reward_scale=0.1, hidden=64,
     ),
+    "LunarLanderContinuous-v3": dict(
+        total_timesteps=400_000, num_envs=32, train_frequency=16, batch_size=128, learning_rate=2e-3, n_step=3,
+        policy_frequency=1, alpha=0.03, target_entropy=0.0, reward_scale=0.05, hidden=128,
+    ),
 }  # fmt: skip
 
 
@@ -413,11 +417,8 @@ def train(args: Args) -> Path:
     if args.eval:
         return run.finish(**evaluate(args, actor, critics, run.folder))
 
-    rng, N, target_entropy = (
-        np.random.default_rng([args.seed, run.step]),
-        args.num_envs,
-        args.target_entropy * action_dim,
-    )
+    rng, N = np.random.default_rng([args.seed, run.step]), args.num_envs
+    target_entropy = args.target_entropy * action_dim
     replay = Replay(args.buffer_size, N, obs_dim, action_dim)
     envs = make_envs(args.env, N)
     obs, _ = envs.reset(seed=int(rng.integers(10**9)))

@@ -93,6 +93,21 @@ class TwoStates(gym.Env):
         return np.float32([self.state]), reward, False, False, {}
 
 
+class Ticks(probes.Probe):
+    """The observation counts on from 0, 10 or 20; a time limit cuts after three steps."""
+
+    action_space, length = gym.spaces.Box(-1, 1, (1,), np.float32), 10**9
+
+    def reset(self, **kwargs):
+        super().reset(**kwargs)
+        self.first = int(self.np_random.choice([0, 10, 20]))
+        return self._observe(), {}
+
+    def observation(self):
+        return float(getattr(self, "first", 0) + self.t)
+
+
+gym.register("Ticks-v0", entry_point=Ticks, max_episode_steps=3)
 gym.register("Aim-v0", entry_point=Aim)
 gym.register("AimFar-v0", entry_point=AimFar)
 gym.register("TwoStates-v0", entry_point=TwoStates, max_episode_steps=10)
@@ -186,7 +201,7 @@ def test_actions_fill_boxes_of_any_bounds():
     corners = sac.to_env(lopsided, np.array([[-1.0, -1, -1], [1, 1, 1], [0, 0, 0]]))
     np.testing.assert_array_equal(corners[:2], [lopsided.low, lopsided.high])  # exactly
     np.testing.assert_allclose(corners[2], [50, -1, 0.3], rtol=1e-6)
-    assert sac.to_env(BYTES, np.array([[-1.0, 1.0, 0.004, -0.004]])).tolist() == [[[-128, 127], [0, -1]]]
+    assert sac.to_env(BYTES, np.array([[-1.0, 1.0, 0.99, -0.004]])).tolist() == [[[-128, 127], [126, -1]]]
     huge = gym.spaces.Box(np.float32(-3e38), np.float32(3e38), (1,))
     np.testing.assert_allclose(sac.to_env(huge, np.array([[1.0], [0.5]])), [[3e38], [1.5e38]], rtol=1e-6)
 
@@ -269,6 +284,15 @@ def test_probe_values(tmp_path, probe, q_at, flags):
     _, critics, _ = trained(tmp_path, f"Box{probe}-v0", **flags)
     q = critics.values(np.array(list(q_at))[:, None], np.zeros((len(q_at), 1)))
     np.testing.assert_allclose(q, list(q_at.values()), rtol=0.07, atol=0.04)
+
+
+def test_a_cut_episode_is_bootstrapped_from_its_own_last_observation(tmp_path, monkeypatch):
+    drawn, batch = [], sac.Replay.batch
+    monkeypatch.setattr(sac.Replay, "batch", lambda self, *args: (drawn.append(batch(self, *args)), drawn[-1])[1])
+    trained(tmp_path, "Ticks-v0", total_timesteps=2000)
+    obs, _, _, discounts, next_obs = (np.concatenate(column).squeeze() for column in zip(*drawn, strict=True))
+    assert (next_obs == obs + 1).all()  # neither the next episode's first observation, nor a row that only resets
+    assert set(next_obs % 10) == {1, 2, 3} and (discounts == np.float32(0.9)).all()
 
 
 def test_a_time_limit_counts_as_death_if_told_so(tmp_path):
