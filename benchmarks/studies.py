@@ -99,7 +99,9 @@ class Study:
 
 
 RETURN = Panel("charts/episodic_return", "mean return of the last 100 training episodes")
-PPO, DQN, A2C, REINFORCE, Q = (f"algos/{name}.py" for name in ("ppo", "dqn", "a2c_gae", "reinforce", "q_learning"))
+PPO, DQN, A2C, REINFORCE, Q, SAC = (
+    f"algos/{name}.py" for name in ("ppo", "dqn", "a2c_gae", "reinforce", "q_learning", "sac")
+)
 
 
 def sweep(script: str, env: str, flag: str, values: Sequence[object], name: str) -> list[Variant]:
@@ -113,7 +115,7 @@ def sweep(script: str, env: str, flag: str, values: Sequence[object], name: str)
 # tabular 3 to 25, the rest 20 to 40; ten seeds of everything: about two hours of one core.
 
 LABELS = {"ppo": "PPO", "dqn": "DQN", "a2c_gae": "A2C + GAE", "reinforce": "REINFORCE", "q_learning": "Q-learning",
-          "dynamic_programming": "Dynamic programming", "dqn_atari": "DQN from pixels"}  # fmt: skip
+          "dynamic_programming": "Dynamic programming", "dqn_atari": "DQN from pixels", "sac": "SAC"}  # fmt: skip
 NOT_IN_SCORES = ("dqn_atari",)  # needs a GPU and hours
 
 PUBLISHED = {
@@ -127,6 +129,8 @@ PUBLISHED = {
     ("a2c_gae", "CartPole-v1"): "RL Zoo 500 (500k, 1 run); SLM-Lab 497 (200k, 4)",
     ("a2c_gae", "LunarLander-v3"): "RL Zoo, v2, 156 ± 80 (200k, 1 run); SLM-Lab 27 (300k, 4)",
     ("a2c_gae", "Acrobot-v1"): "SLM-Lab −84 (4)",
+    ("sac", "Pendulum-v1"): "RL Zoo −157 (20k, 1 run)",
+    ("sac", "LunarLanderContinuous-v3"): "RL Zoo, v2, 260 (500k, 1 run)",
     ("reinforce", "CartPole-v1"): "SLM-Lab 483 (200k, 4)",
     ("q_learning", "FrozenLake-v1"): "best possible policy .744 (exact)",
     ("q_learning", "FrozenLake8x8-v1"): "best possible policy .913 (exact)",
@@ -305,6 +309,30 @@ PPO_LANDER = Study(
     [RETURN, KL],
 )  # fmt: skip
 
+# SAC -------------------------------------------------------------------------------------------
+# About 10 s a run (one gradient step per step: 50), 9 variants: 25 minutes of one core at ten seeds.
+
+PENDULUM = "Pendulum-v1"
+SAC_PRESET = Variant("preset", SAC, PENDULUM)
+SAC_STUDY = Study(
+    "sac", "SAC: what each part does",
+    "What do the second critic, the target critics and the learnt temperature do, and how much do more updates help?",
+    [
+        Group("Without its parts", [
+            SAC_PRESET,
+            Variant("single critic", SAC, PENDULUM, "--num-critics 1"),
+            Variant("no target critics", SAC, PENDULUM, "--tau 1"),
+            Variant("fixed temperature 0.1", SAC, PENDULUM, "--no-autotune"),
+            Variant("time limit treated as death", SAC, PENDULUM, "--no-bootstrap-truncated"),
+            Variant("layer norm in the critics", SAC, PENDULUM, "--layer-norm"),
+        ], [RETURN, Panel("losses/q_values", "mean predicted value", linear_to=1000)]),
+        Group("Steps per gradient step",
+              [Variant(f"{steps} steps", SAC, PENDULUM, f"--train-frequency {steps}") for steps in (1, 4, 16)],
+              [RETURN, Panel("charts/episodic_return", "the same against seconds", x="seconds")], ordered=True),
+    ],
+    columns=[("Q at first states, predicted", "predicted_return"), ("obtained", "obtained_return")],
+)  # fmt: skip
+
 # DQN from pixels -------------------------------------------------------------------------------
 # Pong: one run of some 40 minutes. The small games of tests/catch_env.py, 2 minutes a run, need
 #   PYTHONPATH=tests python benchmarks/run.py catch --seeds 3
@@ -437,5 +465,5 @@ RLHF_SCALING = Study(
 )  # fmt: skip
 
 STUDIES = {study.name: study for study in (SCORES, Q_LEARNING, DQN_STUDY, POLICY_GRADIENT, PPO_STUDY, PPO_LANDER,
-                                           PONG, CATCH, RLHF_STUDY, AGAINST_OTHERS, SCALING,
+                                           SAC_STUDY, PONG, CATCH, RLHF_STUDY, AGAINST_OTHERS, SCALING,
                                            RLHF_SCALING)}  # fmt: skip
