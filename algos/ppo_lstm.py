@@ -24,16 +24,26 @@ Papers   Hausknecht & Stone 2015, Deep Recurrent Q-Learning for Partially Observ
 
 Run      python algos/ppo_lstm.py
          python algos/ppo_lstm.py --memory none                  (what the memory is worth)
-         python algos/ppo_lstm.py --memory gru
          python algos/ppo_lstm.py --env LunarLander-v3
          python algos/ppo_lstm.py --no-hide-velocity             (every velocity in sight, as in ppo.py)
          python algos/ppo_lstm.py --eval runs/<folder> --capture-video
 
-Expect   TODO measure
+Expect   Greedy return over 100 episodes at the end of training, ten seeds which nothing was tuned on, all without
+         velocities: python benchmarks/memory_and_masks.py --seeds 10, torch 2.13.
+
+                                     steps    mean    worst   threshold reached, seconds to it
+         CartPole-v1                  200k   TODO measure     475 by .. of 10
+           --memory gru               200k   TODO measure
+           --memory none              200k   TODO measure
+         Pendulum-v1                  200k   TODO measure     (has none)
+           --memory none              200k   TODO measure
+         Acrobot-v1                   150k   TODO measure     -100 by .. of 10
+         LunarLander-v3             1,000k   TODO measure     200 by .. of 10
+           --memory none            1,000k   TODO measure
 
 Deviations from the papers
  1. Those of ppo.py.
- 2. Actor and critic have a memory each: their losses would pull one memory in two directions.
+ 2. Actor and critic have a memory each, as they have a network each in ppo.py.
  3. The gradient goes back to the rollout's start and not beyond it (truncated backpropagation through time).
  4. The LSTM is the default, as it learns no worse than the GRU and torch computes it several times faster on a CPU.
 """
@@ -132,7 +142,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         norm_obs=True, hidden=32,
     ),
     "LunarLander-v3": dict(
-        total_timesteps=1_000_000, num_envs=32, num_minibatches=8, learning_rate=2e-3, gamma=0.999, gae_lambda=0.98,
+        total_timesteps=1_000_000, num_envs=32, num_steps=128, learning_rate=3e-3, gamma=0.999, gae_lambda=0.98,
         ent_coef=0.01, reward_scale=0.05, norm_obs=True,
     ),
     "Acrobot-v1": dict(
@@ -305,6 +315,8 @@ class Net(nn.Module):
             ):
                 nn.init.orthogonal_(gate)
             weight[:, -2] = 0
+            if memory == "lstm":
+                weight[hidden : 2 * hidden, -2] = 1  # the forget gates begin open: a longer memory
             weight[:, -1] = -1e4 * torch.tensor(shut).repeat_interleave(hidden)
         weight.register_hook(lambda grad: pad(grad[:, :-1], (0, 1)))  # nothing for the column that resets
 
