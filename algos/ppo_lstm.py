@@ -307,16 +307,12 @@ class Net(nn.Module):
         for layer, std in ((self.head[0], 2**0.5), (self.head[2], last_std)):
             nn.init.orthogonal_(layer.weight, std)
             nn.init.zeros_(layer.bias)
-        weight, *recurrent = self.memory.parameters()  # [gates * H, D + 2] and, if it remembers, [gates * H, H]
         with torch.no_grad():
-            for gate in (
-                *weight[:, :-2].split(hidden),
-                *(gate for matrix in recurrent for gate in matrix.split(hidden)),
-            ):
-                nn.init.orthogonal_(gate)
+            for matrix in self.memory.parameters():
+                for gate in matrix.split(hidden):
+                    nn.init.orthogonal_(gate)
+            weight = next(self.memory.parameters())  # what comes in, [gates * H, D + 2]
             weight[:, -2] = 0
-            if memory == "lstm":
-                weight[hidden : 2 * hidden, -2] = 1  # the forget gates begin open: a longer memory
             weight[:, -1] = -1e4 * torch.tensor(shut).repeat_interleave(hidden)
         weight.register_hook(lambda grad: pad(grad[:, :-1], (0, 1)))  # nothing for the column that resets
 
@@ -334,10 +330,8 @@ class Net(nn.Module):
         mean, std = norm.mean.cpu().numpy(), (norm.var + 1e-8).sqrt().cpu().numpy()
         first = weight[:-2] / std[:, None], weight[-2] - mean / std @ weight[:-2], *recurrent
         linear = [layer for layer in self.head if isinstance(layer, nn.Linear)]
-        return [
-            first,
-            *((layer.weight.detach().cpu().numpy().T, layer.bias.detach().cpu().numpy()) for layer in linear),
-        ]
+        rest = [(layer.weight.detach().cpu().numpy().T, layer.bias.detach().cpu().numpy()) for layer in linear]
+        return [first, *rest]
 
     def step(self, layers: list, obs: np.ndarray, state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Outputs [N, A] of one row obs [N, D], and the state after it: forward() without resets, in NumPy."""
