@@ -116,7 +116,7 @@ class Args:
     normalize_reward: bool = True  # shift and scale rewards to mean 0 and deviation 1 on the SFT model's texts
     reward_epochs: int = 1  # passes over the pairs; more than one overfits easily
     reward_batch_size: int = 64  # pairs per step
-    reward_learning_rate: float = 5e-4  # Adam's step size, lowered linearly to zero
+    reward_learning_rate: float = 1e-3  # Adam's step size, lowered linearly to zero
 
     batch_size: int = 64  # texts per iteration of PPO
     num_minibatches: int = 2  # minibatches per epoch
