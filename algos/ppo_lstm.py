@@ -144,7 +144,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
     "LunarLander-v3": dict(
         total_timesteps=1_000_000, num_envs=32, num_steps=128, learning_rate=3e-3, gamma=0.999, gae_lambda=0.98,
-        ent_coef=0.01, reward_scale=0.05, norm_obs=True,
+        ent_coef=0.002, reward_scale=0.05, norm_obs=True,
     ),
     "Acrobot-v1": dict(
         total_timesteps=150_000, num_envs=16, num_steps=128, learning_rate=2e-3, reward_scale=0.1, norm_obs=True
