@@ -57,7 +57,9 @@ Deviations from the papers
     log-probabilities are computed once for it as well. A pair becomes two texts of which neither knows of the other.
  4. KTO's weights default to giving both labels equal say (the paper: a ratio between 1 and 4/3 in favour of
     one). ORPO's imitation term covers the completion only, as in the paper; TRL's covers the prompt too.
- 5. No dropout.
+ 5. A little imitation of the chosen texts is added to the loss (--sft-coef 0 for the papers'): without it texts grow
+    by a third, for both log-probabilities fall, and that of ending early with them.
+ 6. No dropout.
 """
 
 from __future__ import annotations
@@ -126,10 +128,10 @@ class Args:
     simpo_gamma: float = 0.5  # simpo: margin by which the chosen text should win
     desirable_weight: float | None = None  # kto: weight of good texts; None: both labels weigh the same, however rare
     undesirable_weight: float | None = None  # kto: weight of bad texts; None as above
-    sft_coef: float = 0.0  # weight of -log pi a token of the chosen texts, added to the loss (orpo has it, at 1)
-    batch_size: int = 64  # pairs (KTO: texts) per step
+    sft_coef: float = 0.03  # weight of -log pi a token of the chosen texts, added to the loss (orpo: 1)
+    batch_size: int = 32  # pairs (KTO: texts) per step
     temperature: float = 1.0  # divides the logits, in sampling and in scoring alike
-    learning_rate: float = 3e-4  # Adam's step size at the start; 1e-6 suits pretrained models of 100M and more
+    learning_rate: float = 5e-4  # Adam's step size at the start; 1e-6 suits pretrained models of 100M and more
     anneal_lr: bool = True  # lower the learning rate linearly to zero
     max_grad_norm: float = 1.0  # the gradient's norm is scaled down to at most this
     eval_every: int = 20  # steps between measurements on 128 of the held-out prompts and pairs
@@ -669,7 +671,7 @@ def preference_loss(
         else:
             losses = dpo_loss(chosen, rejected, args.beta, args.label_smoothing if args.loss == "cdpo" else 0.0)
     loss = losses.sum()
-    if imitation := args.sft_coef + (args.loss == "orpo"):
+    if imitation := 1.0 if args.loss == "orpo" else args.sft_coef:
         loss = loss - imitation * masked_sum(logps / counts, good)
     seen = [loss, right.sum()]
     for kind in (good, ~good):

@@ -34,7 +34,7 @@ def run(*flags: object) -> Path:
 
 
 def settings(**changes: object) -> dpo.Args:
-    return dpo.Args(**{"max_grad_norm": 1e9, **changes})
+    return dpo.Args(**{"max_grad_norm": 1e9, "sft_coef": 0.0, **changes})
 
 
 @pytest.fixture(scope="module")
