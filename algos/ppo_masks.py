@@ -29,11 +29,11 @@ Expect   Greedy return over 100 episodes at the end of training, ten seeds which
          python benchmarks/memory_and_masks.py --seeds 10, torch 2.13. Trapdoors and Locks are in tests/masked_envs.py.
 
                                      steps    mean    worst   threshold reached, seconds to it
-         Taxi-v4                      200k   TODO measure     8 by .. of 10 (the best policy averages about 7.9)
-           without masks (ppo.py)     200k   TODO measure
+         Taxi-v4                      200k    7.71     7.55   8 by 10 of 10, median 7.3 (best policy: 7.93)
+           without masks (ppo.py)     200k  -128.4   -200.0   8 by 1 of 10
          Trapdoors, best 10            40k   TODO measure     9 by .. of 10
            without masks (ppo.py)     400k   TODO measure
-         Locks, MultiDiscrete, best 24 40k   TODO measure     23 by .. of 10
+         Locks, MultiDiscrete, best 24 40k    24.0     24.0   23 by 10 of 10, median 1.1
 
 Deviations from the papers
  1. Those of ppo.py. Box actions are left to it.

@@ -27,13 +27,16 @@ Run      python algos/sac.py
          python algos/sac.py --train-frequency 1                       (the papers' one gradient step per step)
          python algos/sac.py --eval runs/<folder> --capture-video
 
-Expect   TODO measure: greedy return over 100 episodes at the end of training, ten seeds which nothing was tuned on:
-         python benchmarks/run.py scores --only algos/sac.py --first-seed 301, torch 2.13.
+Expect   Greedy return over 100 episodes at the end of training, ten seeds which nothing was tuned on:
+         python benchmarks/run.py scores --only algos/sac.py --first-seed 301, torch 2.13, one core of an AMD EPYC,
+         beside other work on the other core.
 
                                      steps    mean    worst   threshold reached, seconds to it
-         Pendulum-v1                   30k    TODO             (has none; training mean -200)
-         LunarLanderContinuous-v3     400k    TODO             200
-         MountainCarContinuous-v0      50k    TODO             90
+         Pendulum-v1                   30k  -142.3   -144.0   (has none) the training mean crossed -200 by 9 of 10
+                                                              after 28,800 steps, median 9.5, slowest 10.5
+
+         LunarLanderContinuous-v3 and MountainCarContinuous-v0 are not measured on fresh seeds yet; while they were
+         tuned, two seeds each ended at 251 and 262, and at 94 and 95.
 
          Other environments start from the defaults. MuJoCo's need pip install "gymnasium[mujoco]"; no settings were
          tuned for them, nor for BipedalWalker-v3. GPU: not measured yet.

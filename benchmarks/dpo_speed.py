@@ -1,7 +1,7 @@
 """How long a DPO step takes: rlhf/dpo.py against TRL's DPOTrainer, in one process, step by step in alternation.
 
     python benchmarks/dpo_speed.py                    both models, 40 steps each
-    python benchmarks/dpo_speed.py --steps 10 --pairs runs/<folder>/pairs
+    python benchmarks/dpo_speed.py --steps 10
 
 Both train the same weights on the same pairs in the same order, 32 at a time, on one core: TRL's trainer runs as
 a user would run it (reference log-probabilities computed beforehand, as here), and after each of its steps comes
@@ -17,7 +17,6 @@ import csv
 import os
 import tempfile
 import time
-from types import SimpleNamespace
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -59,19 +58,21 @@ class Alternate(TrainerCallback):
             self.seconds["plainrl"].append(time.perf_counter() - ended)
 
 
-def measure(dpo: Any, make_model: Any, tokenizer: Any, records: list[dict], steps: int) -> dict[str, Any]:
+def measure(dpo: Any, make_model: Any, tokenizer: Any, rows: list[dict], steps: int) -> dict[str, Any]:
     model, reference = make_model(), make_model()
-    args = dpo.Args(beta=0.1, max_grad_norm=1.0, learning_rate=1e-4)
-    accelerator = Accelerator(cpu=True)
-    data = dpo.encode_preferences(args, tokenizer, records)
-    dpo.add_reference(args, accelerator, reference, tokenizer.pad_token_id, data)
+    args = dpo.Args(beta=0.1, max_grad_norm=1.0, learning_rate=1e-4, sft_coef=0.0, batch_size=BATCH)
+    accelerator, pad_id = Accelerator(cpu=True), tokenizer.pad_token_id
+    data = dpo.load_preferences(args, rows, seed=0)
+    data.ref_logps = dpo.reference_logps(args, accelerator, reference, pad_id, data.texts)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.learning_rate)
     losses: list[float] = []
 
     def ours(step: int) -> None:
-        rows = np.arange(step * BATCH, (step + 1) * BATCH)
-        step_args = (args, accelerator, model, optimizer, tokenizer.pad_token_id, data, rows)
-        losses.append(dpo.preference_metrics(args, [dpo.preference_step(*step_args)])["losses/preference_loss"])
+        batch = np.arange(step * BATCH, (step + 1) * BATCH)
+        loss, seen = dpo.preference_loss(args, model, pad_id, data, batch, torch.zeros(()))
+        (loss / BATCH).backward()
+        dpo.take_step(args, accelerator, optimizer)
+        losses.append(dpo.summarize(args, [seen])["losses/preference_loss"])
 
     with tempfile.TemporaryDirectory() as folder:
         config = trl.DPOConfig(
@@ -80,7 +81,7 @@ def measure(dpo: Any, make_model: Any, tokenizer: Any, records: list[dict], step
             gradient_checkpointing=False, logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
         )  # fmt: skip
         callback = Alternate(ours)
-        table = datasets.Dataset.from_list([{k: r[k] for k in ("prompt", "chosen", "rejected")} for r in records])
+        table = datasets.Dataset.from_list([{k: r[k] for k in ("prompt", "chosen", "rejected")} for r in rows])
         trainer = InOrder(make_model(), ref_model=make_model(), args=config, train_dataset=table,
                           processing_class=tokenizer, callbacks=[callback])  # fmt: skip
         trainer.train()
@@ -98,26 +99,12 @@ def measure(dpo: Any, make_model: Any, tokenizer: Any, records: list[dict], step
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--pairs", default=None, help="folder of pairs; None samples them")
     options = parser.parse_args()
     torch.set_num_threads(1)
     dpo = load_script("rlhf/dpo.py")
     tokenizer, lm = dpo.load_lm(dpo.Args().model)
     tokenizer.padding_side = "right"
-    args = dpo.Args(num_pairs=2 * BATCH * options.steps, num_samples=2)
-    if options.pairs:
-        records = [dict(record) for record in dpo.load_split(options.pairs, "train")]
-    else:
-        prompts = dpo.make_prompts(args, tokenizer, dpo.load_split(args.dataset, args.reward_split))
-        reward = SimpleNamespace(score=lambda texts: torch.rand(len(texts)))  # which text is better does not matter
-        records = dpo.sample_pairs(args, Accelerator(cpu=True), tokenizer, lm, reward, prompts)
-    usable = []  # pairs that both programs read alike, and none of which ours leaves out
-    for record in records:
-        texts = [tokenizer(record["prompt"] + record[name])["input_ids"] for name in ("chosen", "rejected")]
-        ended = record.get("chosen_ended", True) and record.get("rejected_ended", True)
-        if ended and texts[0] != texts[1] and not any(tokenizer.unk_token_id in ids for ids in texts):
-            usable.append(record)
-    usable = usable[: BATCH * options.steps]
+    usable = dpo.load_rows(dpo.Args(), tokenizer, "train")[: BATCH * options.steps]
     steps = min(options.steps, len(usable) // BATCH)
 
     def tiny() -> torch.nn.Module:

@@ -6,8 +6,8 @@
 An iteration samples 64 texts of 24 tokens after 4 of prompt, scores them with a reward network of the policy's
 size, computes reference log-probabilities and values, and makes two epochs of two minibatches. Models are random
 GPT-2s with the tiny model's vocabulary, so hardly a text ends early on either side. TRL has a second network for the
-values; so has rlhf_ppo.py with --separate-value, and by default it has not. After each iteration of TRL come one
-of each kind of ours; the first of all is not counted. Result: results/ppo_speed.csv and the table in benchmarks.md.
+values, rlhf_ppo.py has not. After each iteration of TRL comes one of ours; the first of all is not counted. Result:
+results/ppo_speed.csv and the table in benchmarks.md.
 """
 
 # ruff: noqa: E402 (the imports come after the path to TRL)
@@ -52,22 +52,24 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 class Ours:
     """One iteration of rlhf_ppo.py at a time."""
 
-    def __init__(self, lm: Any, tokenizer: Any, prompts: list[list[int]], separate_value: bool):
-        self.args = rlhf.Args(batch_size=BATCH, response_length=RESPONSE, learning_rate=1e-5)
-        self.accelerator, self.tokenizer, self.prompts = Accelerator(cpu=True), tokenizer, prompts
-        self.agent, self.reference = rlhf.ActorCritic(lm(), separate_value), lm()
-        self.reward = rlhf.Reward("lm", self.reference, tokenizer, -1)
+    def __init__(self, lm: Any, tokenizer: Any, prompts: list[list[int]]):
+        self.args = rlhf.Args(batch_size=BATCH, max_completion_length=RESPONSE, learning_rate=1e-5)
+        self.accelerator, self.tokenizer = Accelerator(cpu=True), tokenizer
+        self.rows = [{"prompt": tokenizer.decode(ids), "ids": ids} for ids in prompts]
+        self.agent, self.reference = rlhf.ActorCritic(lm()), lm()
+        config = self.reference.config.to_dict() | {"num_labels": 1}
+        self.reward = rlhf.RewardModel(GPT2ForSequenceClassification(GPT2Config(**config)).eval(), tokenizer)
         self.optimizer = torch.optim.Adam(self.agent.parameters(), lr=1e-5)
         self.rng, self.seconds = np.random.default_rng(0), []
 
     def iterate(self) -> None:
         start = time.perf_counter()
-        chosen = [self.prompts[n] for n in self.rng.integers(len(self.prompts), size=BATCH)]
+        drawn = [self.rows[n] for n in self.rng.integers(len(self.rows), size=BATCH)]
         uniforms = self.rng.random((BATCH, RESPONSE), np.float32)
-        batch = rlhf.rollout(self.args, self.accelerator, self.tokenizer, self.agent, self.reference, self.reward,
-                             chosen, uniforms)  # fmt: skip
-        rlhf.add_advantages(self.args, batch, 0.05)
-        rlhf.ppo_update(self.args, self.accelerator, self.agent, self.optimizer, batch, self.rng)
+        batch, texts = rlhf.rollout(self.args, self.tokenizer, self.agent, self.reference, drawn, uniforms)
+        batch["scores"] = rlhf.score(self.reward, drawn, texts)
+        rlhf.add_advantages(self.args, batch)
+        rlhf.update(self.args, self.accelerator, self.agent, self.optimizer, batch, self.rng)
         rlhf.summarize(batch)
         self.seconds.append(time.perf_counter() - start)
 
@@ -79,8 +81,7 @@ class Alternate(PPOTrainer):
         if "objective/kl" in logs:
             self.seconds.append(time.perf_counter() - self.began)
             with torch.enable_grad():  # TRL reports inside no_grad
-                for ours in self.others:
-                    ours.iterate()
+                self.ours.iterate()
             self.began = time.perf_counter()
 
 
@@ -106,28 +107,29 @@ def measure(size: dict[str, int]) -> dict[str, Any]:
         value_model=GPT2ForSequenceClassification(GPT2Config(**config, num_labels=1)),
         train_dataset=Dataset.from_dict({"input_ids": prompts}),
     )  # fmt: skip
-    trainer.others = [Ours(lm, tokenizer, prompts, separate) for separate in (True, False)]
+    trainer.ours = Ours(lm, tokenizer, prompts)
     trainer.seconds, trainer.began = [], time.perf_counter()
     trainer.train()
-    row: dict[str, Any] = {"parameters": sum(p.numel() for p in lm().parameters()), "iterations": options.iterations}
-    row["trl_seconds"] = round(float(np.median(trainer.seconds[1:])), 3)
-    for name, ours in zip(("separate", "shared"), trainer.others, strict=True):
-        ratios = np.array(trainer.seconds[1:]) / np.array(ours.seconds[1:])
-        row[f"{name}_seconds"] = round(float(np.median(ours.seconds[1:])), 3)
-        row |= {f"{name}_ratio_{n}": round(float(np.quantile(ratios, q)), 3)
-                for n, q in (("median", 0.5), ("low", 0.1), ("high", 0.9))}  # fmt: skip
-    return row
+    ratios = np.array(trainer.seconds[1:]) / np.array(trainer.ours.seconds[1:])
+    row = {"parameters": sum(p.numel() for p in lm().parameters()), "iterations": options.iterations}
+    row |= {"trl_seconds": round(float(np.median(trainer.seconds[1:])), 3)}
+    row |= {"plainrl_seconds": round(float(np.median(trainer.ours.seconds[1:])), 3)}
+    return row | {f"ratio_{name}": round(float(np.quantile(ratios, q)), 3)
+                  for name, q in (("median", 0.5), ("low", 0.1), ("high", 0.9))}  # fmt: skip
 
 
 def publish(rows: list[dict[str, Any]]) -> None:
-    header = ["model", "parameters", "TRL, s", "rlhf_ppo.py --separate-value, s", "TRL / plainrl, median [10 %, 90 %]",
-              "rlhf_ppo.py, s", "TRL / plainrl, median [10 %, 90 %]"]  # fmt: skip
+    header = ["model", "parameters", "TRL, s", "rlhf_ppo.py, s", "TRL / plainrl, median [10 %, 90 %]"]
     lines = ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header))]
     for row in rows:
-        cells = [row["model"], f"{row['parameters']:,}", f"{row['trl_seconds']:.2f}"]
-        for name in ("separate", "shared"):
-            median, low, high = (row[f"{name}_ratio_{n}"] for n in ("median", "low", "high"))
-            cells += [f"{row[f'{name}_seconds']:.2f}", f"{median:.2f} [{low:.2f}, {high:.2f}]"]
+        ratio = f"{row['ratio_median']:.2f} [{row['ratio_low']:.2f}, {row['ratio_high']:.2f}]"
+        cells = [
+            row["model"],
+            f"{row['parameters']:,}",
+            f"{row['trl_seconds']:.2f}",
+            f"{row['plainrl_seconds']:.2f}",
+            ratio,
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", f"{options.iterations} iterations of each, one core of {cpu_name()}; TRL {trl.__version__}, "
               f"torch {torch.__version__}."]  # fmt: skip

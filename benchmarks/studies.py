@@ -358,36 +358,6 @@ CATCH = Study(
     [RETURN, Panel("charts/episodic_return", "the same against seconds", x="seconds")],
 )  # fmt: skip
 
-# RLHF ------------------------------------------------------------------------------------------
-# About 165 s a run, 5 variants: with five seeds 70 minutes of one core.
-
-RLHF, TEXTS = "rlhf/rlhf_ppo.py", "charts/episodes"
-RLHF_DEFAULT = Variant("log sigmoid of the score, β 0.05 (default)", RLHF)
-RLHF_STUDY = Study(
-    "rlhf", "RLHF: reward, judge and the price of KL",
-    "Where does a better score stop being a better text?",
-    [Group("The price of KL", [
-        Variant("log sigmoid of the score, β 0.02", RLHF, flags="--kl-coef 0.02"), RLHF_DEFAULT,
-        Variant("log sigmoid of the score, β 0.15", RLHF, flags="--kl-coef 0.15"),
-    ], ordered=True),
-     Group("Without a ceiling", [
-        RLHF_DEFAULT,
-        Variant("the score itself, β 0.05", RLHF, flags="--reward-shaping none"),
-        Variant("the score itself, β 0.01", RLHF, flags="--reward-shaping none --kl-coef 0.01"),
-    ])],
-    [Panel("eval/score", "score of the reward model", x=TEXTS),
-     Panel("eval/judge", "second judge: P(positive)", x=TEXTS),
-     Panel("eval/kl", "KL from the SFT model, nats a text", x=TEXTS),
-     Panel("eval/distinct_2", "distinct-2: variety", x=TEXTS)],
-    columns=[("score", "after.score"), ("judge", "after.judge"), ("before", "before.judge"), ("VADER", "after.vader"),
-             ("before", "before.vader"), ("KL, nats", "after.kl"), ("distinct-2", "after.distinct_2"),
-             ("tokens", "after.length"), ("before", "before.length"), ("reference perplexity", "after.ref_perplexity"),
-             ("before", "before.ref_perplexity"), ("reward model, pairs a grade apart", "reward_accuracy"),
-             ("all pairs", "reward_accuracy_all"), ("training, s", "train_seconds"),
-             ("peak memory, MB", "peak_memory_mb")],
-    columns_only=True,
-)  # fmt: skip
-
 # Against others --------------------------------------------------------------------------------
 # Run with --workers 1, so that nothing else runs beside a measured run, for example:
 #   python benchmarks/run.py against_others --only cartpole --workers 1 --peers-python sb3/bin/python
@@ -440,30 +410,5 @@ SCALING = Study(
     columns_only=True,
 )  # fmt: skip
 
-# An iteration of RLHF: rollout, rewards and the update. At temperature 100 every token is about as likely as any
-# other, so that no text ends early and the length of a response is the one asked for. SFT and the training of the
-# reward model are left out. About 30 s a run, 7 variants; three seeds: 10 minutes of one core.
-
-NO_END = "--temperature 100 --sft-epochs 0 --reward-epochs 0 --eval-episodes 2 --eval-every 1000"
-
-
-def iteration(title: str, flag: str, sizes: Sequence[tuple[int, int, int]]) -> Group:
-    """sizes: value of the flag, tokens a response may have, texts an iteration."""
-    size = "--response-length {} --batch-size {} --total-episodes {}"
-    variants = [Variant(f"{flag} {value}", RLHF, x=value, flags=f"{NO_END} {size.format(length, texts, 5 * texts)}")
-                for value, length, texts in sizes]  # fmt: skip
-    return Group(title, variants, [Panel("seconds step", "seconds of an iteration", "scaling", title),
-                                   Panel("peak_memory_mb", "peak memory, MB", "scaling", title)])  # fmt: skip
-
-
-RLHF_SCALING = Study(
-    "rlhf_scaling", "How an iteration of RLHF grows",
-    "What does a longer response cost, and what a larger batch?",
-    [iteration("tokens a response", "response-length", [(length, length, 64) for length in (6, 12, 24, 48)]),
-     iteration("texts an iteration", "batch-size", [(texts, 12, texts) for texts in (16, 64, 256)])],
-    columns=[("an iteration, s", "seconds step"), ("peak memory, MB", "peak_memory_mb")], columns_only=True,
-)  # fmt: skip
-
 STUDIES = {study.name: study for study in (SCORES, Q_LEARNING, DQN_STUDY, POLICY_GRADIENT, PPO_STUDY, PPO_LANDER,
-                                           SAC_STUDY, PONG, CATCH, RLHF_STUDY, AGAINST_OTHERS, SCALING,
-                                           RLHF_SCALING)}  # fmt: skip
+                                           SAC_STUDY, PONG, CATCH, AGAINST_OTHERS, SCALING)}  # fmt: skip

@@ -772,9 +772,8 @@ def update(
                 sums += torch.stack(seen).detach()
             take_step(args, accelerator, optimizer)
             history.append(accelerator.reduce(sums, "sum"))
-    names = ("policy_loss", "value_loss", "approx_kl", "clipfrac")
-    means = torch.stack(history).mean(0).tolist()
-    return {f"losses/{name}": mean for name, mean in zip(names, means, strict=True)}
+    names = ("losses/policy_loss", "losses/value_loss", "losses/approx_kl", "losses/clipfrac")
+    return dict(zip(names, torch.stack(history).mean(0).tolist(), strict=True))
 
 
 def summarize(batch: dict[str, Tensor]) -> dict[str, float]:

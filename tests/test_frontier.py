@@ -1,7 +1,9 @@
-"""The study of preferences goes on where it stopped, draws what is there, and its flags are those of the scripts."""
+"""The study of preferences: its estimator, what it reads from runs, that it goes on where it stopped and draws."""
 
+import itertools
 import json
 import math
+import shlex
 import sys
 
 import matplotlib.image
@@ -13,72 +15,77 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import frontier
 
 
-def points(scale: float) -> list[dict]:
-    values = {"judge": 0.5, "score": 0.0, "vader": 0.1, "distinct_2": 0.9, "length": 12.0, "ref_perplexity": 40.0}
-    along = [{"point": str(64 * k), "seconds": 1.0 * k, "kl": scale * k} | values | {"judge": 0.5 + 0.01 * scale * k}
-             for k in (1, 2)]  # fmt: skip
-    return [*along, along[-1] | {"point": "end"}]
+def test_best_of_n_by_enumeration():
+    rng = np.random.default_rng(0)
+    scores, values = rng.normal(size=(3, 7)), rng.normal(size=(3, 7))
+    for n in (1, 2, 5, 7):
+        chosen = [[row[max(group, key=lambda i: s[i])] for group in itertools.combinations(range(7), n)]
+                  for s, row in zip(scores.tolist(), values.tolist(), strict=True)]  # fmt: skip
+        assert frontier.best_of(n, scores, values) == pytest.approx(np.mean(chosen))
+
+
+def test_points_of_a_run(tmp_path):
+    keys = ["gold", "reward", "kl", "distinct_2", "length"]
+    rows = [["step", "seconds", *(f"eval/{key}" for key in keys)], [64, 1.0, *[""] * 5], [128, 2.0, 3, 0.5, 4, 0.8, 11]]
+    (tmp_path / "metrics.csv").write_text("".join(",".join(map(str, row)) + "\n" for row in rows))
+    before, after = (dict(zip(keys, values, strict=True)) for values in ((1, 0, 0, 0.9, 12), (2, 1.5, 5, 0.7, 10)))
+    summary = {"before": before | {"gold_std": 2.0}, "after": after, "train_seconds": 3.0}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    found = frontier.points_in(tmp_path)
+    assert [point["point"] for point in found] == ["0", "128", "end"]
+    assert [point["gold"] for point in found] == [0, 1, 0.5]  # in deviations of the first texts
+    assert found[1]["seconds"] == 2.0 and found[-1]["reward"] == 1.5
 
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-    for name, path in (("RESULTS", "frontier.csv"), ("FIGURE", "frontier.png"), ("PAGE", "page.md")):
-        monkeypatch.setattr(frontier, name, tmp_path / path)
+    monkeypatch.setattr(frontier, "RESULTS", tmp_path / "frontier.csv")
+    monkeypatch.setattr(frontier, "PAGE", tmp_path / "page.md")
+    monkeypatch.setattr(frontier, "FIGURES", {name: tmp_path / f"{name}.png" for name in frontier.FIGURES})
     (tmp_path / "page.md").write_text("# Benchmarks\n\nBefore.\n")
     commands = []
-    monkeypatch.setattr(frontier, "run", lambda script, flags, folder: commands.append((script, flags)))
+
+    def run(script, flags, folder):
+        commands.append((script, flags))
+        (folder / "reward_model").mkdir()
+        return folder
+
+    points = [{"point": p, "seconds": 1.0, "gold": g, "reward": g, "kl": k, "distinct_2": 0.8, "length": 12.0}
+              for p, g, k in (("0", 0.0, 0.0), ("64", 0.5, 1.0), ("end", 1.0, 4.0))]  # fmt: skip
+    best = [{"point": str(n), "seconds": 1.0, "gold": math.log(n), "reward": math.log(n), "kl": math.log(n) - 1 + 1 / n,
+             "length": 12.0} for n in (1, 4, 16, 64, 256, 1024)]  # fmt: skip
+    monkeypatch.setattr(frontier, "run", run)
     monkeypatch.setattr(frontier, "base_of", lambda seed, work: work / f"base{seed}")
-    monkeypatch.setattr(frontier, "points_in", lambda folder: points(len(commands)))
-    monkeypatch.setattr(frontier, "points_of_study", lambda seed: points(3))
-    best = [{**points(1)[0], "point": str(2**k), "kl": k * math.log(2) - 1 + 0.5**k, "judge": 0.5 + 0.05 * k}
-            for k in range(7)]  # fmt: skip
-    monkeypatch.setattr(frontier, "best_of_n", lambda seed, base: best)
+    monkeypatch.setattr(frontier, "points_in", lambda folder: points)
+    monkeypatch.setattr(frontier, "best_of_n", lambda seed, sft, reward: best)
     return tmp_path, commands
 
 
 def test_study_goes_on_where_it_stopped_and_draws(home):
     folder, commands = home
-    frontier.measure([101], "dpo", folder)
-    assert len(commands) == 2  # DPO's default is the base itself, PPO's has been run
-    for script, flags in commands:  # all start from one SFT model, reward model and pairs
-        assert "/sft --sft-epochs 0 --reward-model " in flags and "/reward_model" in flags
-        assert ("/pairs " in flags) == (script == "dpo")
-    frontier.measure([101, 102], "", folder)
-    assert len(commands) == 2 * (len(frontier.RUNS) - 2)
-    frontier.measure([101, 102], "", folder)
-    assert len(commands) == 2 * (len(frontier.RUNS) - 2)
-    rows = frontier.read()
-    assert {row["seed"] for row in rows} == {101, 102}
+    runs = len(frontier.RUNS) - 1 + len(frontier.COUNTS)  # PPO's default is the base itself
+    frontier.measure([301], "dpo", folder)
+    assert commands and all("/sft --loss" in flags or "/sft --beta" in flags for _, flags in commands)
+    frontier.measure([301, 302], "", folder)
+    assert len(commands) == 2 * runs
+    frontier.measure([301, 302], "", folder)
+    assert len(commands) == 2 * runs
+    assert {path.name for path in folder.glob("reward*")} == {
+        f"reward{s}_{n}" for s in (301, 302) for n in ("1,000", "5,000")
+    }
     frontier.publish()
     page = (folder / "page.md").read_text()
     assert page.startswith("# Benchmarks\n\nBefore.\n") and "frontier.png" in page
-    assert page.count("\n| ") == 2 + 4 + len(frontier.RUNS)
-    assert (
-        "| PPO | β 0.02 | 2 |" in page
-        and "| best-of-n | n = 64 | 2 | 0.800 [0.800, 0.800] | 0.00 | at most 3.17 |" in page
-    )
-    image = matplotlib.image.imread(folder / "frontier.png")[..., :3]
-    assert image.reshape(-1, 3).std() > 0.02
-    for color in frontier.METHODS.values():
-        wanted = np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)]) / 255
-        assert (np.abs(image - wanted).max(-1) < 0.02).any(), color
+    assert "| PPO | β 0.03 | 2 | 1.00 [1.00, 1.00] | 1.00 | 4.00 | 0.80 | 12.00 |" in page
+    assert "| best-of-n | 20,000 comparisons, n = 64 | 2 | 4.16 [4.16, 4.16] | 4.16 | 3.17 |  | 12.00 |" in page
+    for path in frontier.FIGURES.values():
+        assert matplotlib.image.imread(path)[..., :3].reshape(-1, 3).std() > 0.02
 
 
-def test_points_of_a_run_leave_out_what_came_before(tmp_path):
-    keys = [f"eval/{name}" for name in frontier.MEASURED]
-    rows = [["step", "seconds", "rewards/margins", *keys], [100, 5.0, "", *[""] * 7], [110, 9.0, "0.1", *[""] * 7],
-            [120, 10.0, "0.2", *["0.5"] * 7], [140, 12.0, "0.3", *["0.7"] * 7]]  # fmt: skip
-    (tmp_path / "metrics.csv").write_text("".join(",".join(map(str, row)) + "\n" for row in rows))
-    (tmp_path / "summary.json").write_text(
-        json.dumps({k: dict.fromkeys(frontier.MEASURED, x) for k, x in (("before", 0.4), ("after", 0.6))})
-    )
-    found = frontier.points_in(tmp_path)
-    assert [point["point"] for point in found] == ["0", "20", "40", "end"]  # 10 steps before the first report
-    assert [point["judge"] for point in found] == [0.4, 0.5, 0.7, 0.6]
-    assert [point["seconds"] for point in found][2:] == pytest.approx([4.0, 4.0])  # 40 steps at 10 a second
-
-
-def test_flags_are_known_to_the_scripts(tmp_path):
-    for _, _, script, flags in frontier.RUNS:
-        module = load_script(f"rlhf/{script}.py")
-        module.validate(module.parse_args(module.Args, module.PRESETS, flags.split()))
+def test_flags_are_known_to_the_scripts():
+    for script, flags in [run[2:] for run in frontier.RUNS] + [
+        ("rlhf_ppo", flags) for flags in frontier.COUNTS.values()
+    ]:
+        load_script(f"rlhf/{script}.py").parse_args(
+            shlex.split(f"{flags} {frontier.LOW_PRICE if script != 'dpo' else ''}")
+        )
