@@ -32,21 +32,20 @@ Expect   Greedy return over 100 episodes at the end of training, ten seeds which
          velocities: python benchmarks/memory_and_masks.py --seeds 10, torch 2.13.
 
                                      steps    mean    worst   threshold reached, seconds to it
-         CartPole-v1                  200k   TODO measure     475 by .. of 10
-           --memory gru               200k   TODO measure
-           --memory none              200k   TODO measure
-         Pendulum-v1                  200k   TODO measure     (has none)
-           --memory none              200k   TODO measure
-         Acrobot-v1                   150k   TODO measure     -100 by .. of 10
-         LunarLander-v3             1,000k   TODO measure     200 by .. of 10
-           --memory none            1,000k   TODO measure
+         CartPole-v1                 200k    481.1    322.6   475 by 8 of 10, median 4.3, slowest 6.1
+           --memory gru              200k    500.0    500.0   475 by 9 of 10, median 13.3, slowest 20.0
+           --memory none             200k     43.3     42.5   475 by 0 of 10
+         Pendulum-v1                 200k   -203.1   -268.4   (has none)
+           --memory none             200k  -1046.0  -1083.0   (has none)
+         Acrobot-v1                  150k   not measured yet
+         LunarLander-v3            1,000k   not measured yet; no setting tried ended above 0 greedily
 
 Deviations from the papers
  1. Those of ppo.py.
  2. Actor and critic have a memory each, as they have a network each in ppo.py.
  3. The gradient goes back to the rollout's start and not beyond it (truncated backpropagation through time).
  4. The LSTM is the default: on a CPU torch has a fused LSTM and no fused GRU, and a minibatch takes about a quarter
-    of the time.
+    of the time. The GRU is the steadier of the two on CartPole (above): it needs no more steps, and loses nothing.
 """
 
 from __future__ import annotations

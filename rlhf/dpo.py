@@ -41,7 +41,11 @@ Run      python rlhf/dpo.py
          accelerate launch --num-processes 2 rlhf/dpo.py
          python rlhf/dpo.py --eval runs/<folder>
 
-Expect   EXPECT
+Expect   Seeds 301 to 305, one core of an AMD EPYC beside other work: 97 to 211 s of training. Medians on 384
+         held-out prompts (and the range over seeds): gold_gain 1.17 (1.10 to 1.27) at a KL of 4.6 nats
+         (4.5 to 5.2); distinct-2 0.89 before and 0.82 (0.81 to 0.84) after; texts 18% longer
+         (15% longer to 29% longer). Held-out accuracy 0.61 (0.59 to 0.62); the labels' own agreement
+         with gold is .81. A GPU is not measured yet.
 
 Folder   besides the usual: policy/, which from_pretrained loads, and samples.md. Steps are pairs (KTO: texts).
          summary.json has accuracy (held-out pairs whose chosen text has the higher reward), margin (the mean difference

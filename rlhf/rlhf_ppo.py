@@ -28,7 +28,12 @@ Run      python rlhf/rlhf_ppo.py
          accelerate launch --num-processes 2 rlhf/rlhf_ppo.py
          python rlhf/rlhf_ppo.py --eval runs/<folder>
 
-Expect   EXPECT
+Expect   Seeds 301 to 305, one core of an AMD EPYC beside other work on both: 400 to 702 s of training, all
+         three stages. Medians on 384 held-out prompts (and the range over seeds): gold_gain 1.31 (1.12 to 1.51)
+         at a KL of 5.5 nats (4.3 to 5.8); distinct-2 0.89 before and 0.70 (0.64 to 0.73) after; texts
+         22% shorter (30% shorter to 16% shorter). The reward model orders 0.77 (0.76 to 0.79) of the
+         held-out pairs as gold does, and 0.72 (0.69 to 0.72) as their labels say, of which a fifth are noise.
+         Real models and a GPU are not measured yet.
 
 Folder   besides the usual: sft/, reward_model/ and policy/, which from_pretrained loads, and samples.md. Steps are
          texts that the policy wrote. summary.json has reward_accuracy (held-out pairs whose preferred text gets the
