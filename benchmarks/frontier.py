@@ -52,10 +52,11 @@ RUNS = [
 ]
 # the less the reward model has seen, the wider its score and gold part: comparisons, flags
 COUNTS = {"1,000": '--reward-split "train[:1000]"', "5,000": '--reward-split "train[:5000]"', "20,000": ""}
-LOW_PRICE = "--kl-coef 0.03"
+LOW_PRICE = "--kl-coef 0.01 --total-episodes 10240"
 COLOR = {"best-of-n": "#1b1b1e"} | dict(zip(dict.fromkeys(run[0] for run in RUNS), COLORS, strict=False))
 MEASURED = ("gold", "reward", "kl", "distinct_2", "length")
-COLUMNS = ("seed", "method", "setting", "point", "seconds", *MEASURED)
+ACCURACIES = ("reward_accuracy", "reward_accuracy_gold")
+COLUMNS = ("seed", "method", "setting", "point", "seconds", *MEASURED, *ACCURACIES)
 
 
 def read() -> list[dict[str, Any]]:
@@ -64,7 +65,7 @@ def read() -> list[dict[str, Any]]:
         return []
     with RESULTS.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    numbers = ("seconds", *MEASURED)
+    numbers = ("seconds", *MEASURED, *ACCURACIES)
     return [row | {key: float(row[key] or "nan") for key in numbers} | {"seed": int(row["seed"])} for row in rows]
 
 
@@ -94,6 +95,18 @@ def base_of(seed: int, work: Path) -> Path:
         with tempfile.TemporaryDirectory(dir=work) as folder:
             run("rlhf_ppo", f"--seed {seed}", Path(folder)).rename(base)
     return base
+
+
+def reward_run(seed: int, count: str, base: Path, work: Path) -> Path:
+    """The run folder whose reward model has seen so many comparisons, made where there is none."""
+    if not COUNTS[count]:
+        return base
+    made = work / f"reward{seed}_{count}"
+    if not (made / "summary.json").exists():
+        flags = f"--seed {seed} --sft-model {base}/sft {COUNTS[count]} --total-episodes 64"
+        with tempfile.TemporaryDirectory(dir=work) as folder:
+            run("rlhf_ppo", flags, Path(folder)).rename(made)
+    return made
 
 
 def points_in(folder: Path) -> list[dict[str, Any]]:
@@ -150,9 +163,9 @@ def best_of_n(seed: int, sft_model: Path, reward_model: Path) -> list[dict[str, 
 def measure(seeds: Sequence[int], only: str, work: Path) -> None:
     torch.set_num_threads(1)
     jobs = list(RUNS)
-    for count, flags in COUNTS.items():
-        jobs += [(f"PPO, {count} comparisons", LOW_PRICE, "rlhf_ppo", f"{flags} {LOW_PRICE}"),
-                 ("best-of-n", f"{count} comparisons", "", flags)]  # fmt: skip
+    for count in COUNTS:
+        jobs += [(f"PPO, {count} comparisons", LOW_PRICE, "rlhf_ppo", LOW_PRICE),
+                 ("best-of-n", f"{count} comparisons", "", "")]  # fmt: skip
     for seed in seeds:
         done = {(row["method"], row["setting"]) for row in read() if row["seed"] == seed}
         for method, setting, script, flags in jobs:
@@ -160,20 +173,19 @@ def measure(seeds: Sequence[int], only: str, work: Path) -> None:
                 continue
             base = base_of(seed, work)
             count = next((count for count in COUNTS if count in f"{method} {setting}"), "")
-            reward = work / f"reward{seed}_{count}" if "split" in flags else base / "reward_model"
+            judge = reward_run(seed, count, base, work) if count else base
             if method == "best-of-n":
-                points = best_of_n(seed, base / "sft", reward)
+                points = best_of_n(seed, base / "sft", judge / "reward_model")
             elif not flags:
                 points = points_in(base)
             else:
-                start = f"--model {base}/sft" if script == "dpo" else f"--sft-model {base}/sft"
-                if script == "rlhf_ppo" and "split" not in flags:
-                    start += f" --reward-model {base}/reward_model"
+                start = f"--sft-model {base}/sft --reward-model {judge}/reward_model"
+                start = f"--model {base}/sft" if script == "dpo" else start
                 with tempfile.TemporaryDirectory(dir=work) as folder:
-                    made = run(script, f"--seed {seed} {start} {flags}", Path(folder))
-                    points = points_in(made)
-                    if "split" in flags:
-                        (made / "reward_model").rename(reward)
+                    points = points_in(run(script, f"--seed {seed} {start} {flags}", Path(folder)))
+            if script == "rlhf_ppo":  # how well its reward model orders held-out pairs
+                summary = json.loads((judge / "summary.json").read_text(encoding="utf-8"))
+                points[-1] |= {key: summary[key] for key in ACCURACIES}
             append([{"seed": seed, "method": method, "setting": setting} | point for point in points])
             last = " ".join(f"{key} {points[-1][key]:.2f}" for key in ("gold", "kl"))
             print(f"seed {seed} {method} {setting}: {last}, {points[-1]['seconds']:.0f} s", flush=True)

@@ -34,7 +34,7 @@ import trl
 from accelerate import Accelerator
 from datasets import Dataset
 from run import HOME, PAGE, cpu_name, load_script, replace_between, write_whole
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel, PreTrainedTokenizerFast
 from trl.experimental.ppo import PPOConfig, PPOTrainer
 
@@ -45,7 +45,7 @@ rlhf = load_script("rlhf/rlhf_ppo.py")
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w2"))
-    words.pre_tokenizer, words.decoder = pre_tokenizers.WhitespaceSplit(), decoders.WordPiece(prefix="", cleanup=False)
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w1", padding_side="left")
 
 

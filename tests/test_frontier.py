@@ -43,27 +43,34 @@ def home(tmp_path, monkeypatch):
     monkeypatch.setattr(frontier, "PAGE", tmp_path / "page.md")
     monkeypatch.setattr(frontier, "FIGURES", {name: tmp_path / f"{name}.png" for name in frontier.FIGURES})
     (tmp_path / "page.md").write_text("# Benchmarks\n\nBefore.\n")
-    commands = []
+    commands, summary = [], json.dumps({"reward_accuracy": 0.7, "reward_accuracy_gold": 0.77})
 
     def run(script, flags, folder):
         commands.append((script, flags))
-        (folder / "reward_model").mkdir()
-        return folder
+        made = folder / "run"
+        (made / "reward_model").mkdir(parents=True)
+        (made / "summary.json").write_text(summary)
+        return made
+
+    def base_of(seed, work):
+        (work / f"base{seed}").mkdir(exist_ok=True)
+        (work / f"base{seed}" / "summary.json").write_text(summary)
+        return work / f"base{seed}"
 
     points = [{"point": p, "seconds": 1.0, "gold": g, "reward": g, "kl": k, "distinct_2": 0.8, "length": 12.0}
               for p, g, k in (("0", 0.0, 0.0), ("64", 0.5, 1.0), ("end", 1.0, 4.0))]  # fmt: skip
     best = [{"point": str(n), "seconds": 1.0, "gold": math.log(n), "reward": math.log(n), "kl": math.log(n) - 1 + 1 / n,
              "length": 12.0} for n in (1, 4, 16, 64, 256, 1024)]  # fmt: skip
     monkeypatch.setattr(frontier, "run", run)
-    monkeypatch.setattr(frontier, "base_of", lambda seed, work: work / f"base{seed}")
-    monkeypatch.setattr(frontier, "points_in", lambda folder: points)
+    monkeypatch.setattr(frontier, "base_of", base_of)
+    monkeypatch.setattr(frontier, "points_in", lambda folder: [dict(point) for point in points])
     monkeypatch.setattr(frontier, "best_of_n", lambda seed, sft, reward: best)
     return tmp_path, commands
 
 
 def test_study_goes_on_where_it_stopped_and_draws(home):
     folder, commands = home
-    runs = len(frontier.RUNS) - 1 + len(frontier.COUNTS)  # PPO's default is the base itself
+    runs = len(frontier.RUNS) - 1 + len(frontier.COUNTS) + 2  # PPO's default is the base; two more reward models
     frontier.measure([301], "dpo", folder)
     assert commands and all("/sft --loss" in flags or "/sft --beta" in flags for _, flags in commands)
     frontier.measure([301, 302], "", folder)
@@ -73,6 +80,12 @@ def test_study_goes_on_where_it_stopped_and_draws(home):
     assert {path.name for path in folder.glob("reward*")} == {
         f"reward{s}_{n}" for s in (301, 302) for n in ("1,000", "5,000")
     }
+    ends = [row for row in frontier.read() if row["point"] == "end" and row["method"].startswith("PPO")]
+    assert ends and all(row["reward_accuracy_gold"] == 0.77 for row in ends)
+    judged = [flags for script, flags in commands if "kl-coef 0.01" in flags]
+    assert sorted(flags.split("reward-model ")[1].split("/")[-2] for flags in judged) == sorted(
+        name for seed in (301, 302) for name in (f"base{seed}", f"reward{seed}_1,000", f"reward{seed}_5,000")
+    )
     frontier.publish()
     page = (folder / "page.md").read_text()
     assert page.startswith("# Benchmarks\n\nBefore.\n") and "frontier.png" in page
@@ -86,6 +99,4 @@ def test_flags_are_known_to_the_scripts():
     for script, flags in [run[2:] for run in frontier.RUNS] + [
         ("rlhf_ppo", flags) for flags in frontier.COUNTS.values()
     ]:
-        load_script(f"rlhf/{script}.py").parse_args(
-            shlex.split(f"{flags} {frontier.LOW_PRICE if script != 'dpo' else ''}")
-        )
+        load_script(f"rlhf/{script}.py").parse_args(shlex.split(flags))

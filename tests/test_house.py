@@ -50,7 +50,7 @@ SHARED_FUNCTIONS = {"gae": ("algos/ppo.py", "algos/a2c_gae.py", "algos/ppo_masks
 # The scripts of language models define one thing under one name, bar what makes each what it is.
 LANGUAGE_SCRIPTS = ("rlhf/rlhf_ppo.py", "rlhf/dpo.py", "rlhf/grpo.py", "rlhf/pretrain.py")
 THEIR_OWN = {"Args", "train", "evaluate", "try_once", "encode", "load_rows", "token_logprobs", "sample",
-             "distinct_2", "score", "load_reward", "rollout", "summarize"}  # fmt: skip
+             "distinct_2", "score", "load_reward", "rollout", "summarize", "update"}  # fmt: skip
 OF_TWO = {"encode", "load_lm", "load_rows", "token_logprobs", "sample", "evaluate", "distinct_2", "save_pretrained",
           "score", "as_texts", "unusable", "write", "trainable", "own_parts", "take_step", "Trained"}  # fmt: skip
 

@@ -368,7 +368,7 @@ def test_learns_a_language_to_its_entropy(grammar, tmp_path):
     flags = ["--dataset", str(grammar), "--total-episodes", "6000", "--hidden", "32", "--layers", "1", "--heads", "2",
              "--batch-size", "32", "--warmup", "320", "--learning-rate", "0.01", "--report-every", "1600",
              "--eval-episodes", "64", "--valid-percent", "10", "--run-dir", str(tmp_path)]  # fmt: skip
-    folder = pretrain.train(pretrain.parse_args(pretrain.Args, pretrain.PRESETS, flags))
+    folder = pretrain.train(pretrain.parse_args(flags))
     summary = json.loads((folder / "summary.json").read_text())
     best = (3 * math.log(8) + math.log(2)) / 8  # The, three letters, is, good, ".", <eos>
     assert best - 0.05 < summary["valid_loss"] < best + 0.06
@@ -387,10 +387,10 @@ def test_resuming_inside_an_epoch_changes_nothing(grammar, tmp_path, monkeypatch
              "--report-every", "320", "--eval-episodes", "4", "--warmup", "0", "--run-dir", str(tmp_path)]  # fmt: skip
 
     def run(*more):
-        return pretrain.train(pretrain.parse_args(pretrain.Args, pretrain.PRESETS, [*flags, *more]))
+        return pretrain.train(pretrain.parse_args([*flags, *more]))
 
     def weights(folder):
-        return torch.load(folder / "model.pt", weights_only=True)["lm"]
+        return torch.load(folder / "model.pt", weights_only=True)["parts"]["lm"]
 
     monkeypatch.setattr(pretrain, "learning_rate_at", lambda step, args: 1e-3)  # the schedule knows the total
     whole, part = run("--total-episodes", "3200"), run("--total-episodes", "960")
@@ -403,8 +403,8 @@ def test_resuming_inside_an_epoch_changes_nothing(grammar, tmp_path, monkeypatch
     ("flags", "message"),
     [
         (["--hidden", "10", "--heads", "4"], "--hidden 10 must be a multiple of --heads 4"),
-        (["--valid-percent", "0"], "--valid-percent must lie in (0, 50]"),
-        (["--dataset", "no/such/folder"], "cannot load --dataset no/such/folder"),
+        (["--valid-percent", "0"], "--valid-percent must be in (0, 50]"),
+        (["--dataset", "no/such/folder"], "cannot load the split 'train' of the dataset no/such/folder"),
         (["--text-column", "review"], "the dataset has no column 'review'; it has text"),
         (["--model", "no/such/model"], "cannot load the language model 'no/such/model'"),
     ],
@@ -412,7 +412,7 @@ def test_resuming_inside_an_epoch_changes_nothing(grammar, tmp_path, monkeypatch
 def test_bad_input_is_one_line(flags, message, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(SystemExit) as stop:
-        pretrain.train(pretrain.parse_args(pretrain.Args, pretrain.PRESETS, [*flags, "--run-dir", str(tmp_path)]))
+        pretrain.train(pretrain.parse_args([*flags, "--run-dir", str(tmp_path)]))
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.startswith("error: " + message) and error.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
