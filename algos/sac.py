@@ -34,6 +34,7 @@ Expect   Greedy return over 100 episodes at the end of training, ten seeds which
                                      steps    mean    worst   threshold reached, seconds to it
          Pendulum-v1                   30k  -142.3   -144.0   (has none) the training mean crossed -200 by 9 of 10
                                                               after 28,800 steps, median 9.5, slowest 10.5
+         The default run takes 12 s from Enter to the prompt.
 
          LunarLanderContinuous-v3 and MountainCarContinuous-v0 are not measured on fresh seeds yet; while they were
          tuned, two seeds each ended at 251 and 262, and at 94 and 95.
