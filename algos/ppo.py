@@ -278,7 +278,8 @@ class Agent(nn.Module):
     """The policy (actor) and the value function (critic), two networks.
 
     Discrete actions: the actor gives logits. Box actions: it gives the mean of a Gaussian whose
-    log standard deviation is a parameter of its own, the same in every state.
+    log standard deviation is a parameter of its own, the same in every state. Both networks read
+    observations that norm has normalised; act() takes them as they are.
     """
 
     def __init__(self, obs_dim: int, action_space: gym.Space, hidden: int):

@@ -258,7 +258,8 @@ def mlp(inputs: int, hidden: int, outputs: int, last_std: float) -> nn.Sequentia
 class Agent(nn.Module):
     """The policy (actor) and the value function (critic), two networks.
 
-    The actor gives the logits [K] of all choices, those of one component after those of another.
+    The actor gives the logits [K] of all choices, those of one component after those of another. Both networks
+    read observations that norm has normalised; act() takes them as they are.
     """
 
     def __init__(self, obs_dim: int, action_space: gym.Space, hidden: int):

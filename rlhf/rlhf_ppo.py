@@ -564,7 +564,11 @@ def train(args: Args) -> Path:
     if args.eval:
         return run.finish(**evaluate_saved(args, run, accelerator.device, agent, results))
     tokenizer, lm = load_lm(args.sft_model or args.model)
-    rows, test_rows = (load_rows(args, tokenizer, split) for split in (args.train_split, args.eval_split))
+    needed = () if args.reward_model else ("prompt", "chosen", "rejected")  # of what the reward model learns from
+    rows, test_rows = load_rows(args, tokenizer, args.train_split), load_rows(args, tokenizer, args.eval_split, needed)
+    pairs = rows
+    if needed and args.reward_split != args.train_split:
+        pairs = load_rows(args, tokenizer, args.reward_split, needed)
     try_once(args, accelerator, lm.to(accelerator.device), tokenizer, rows, test_rows)
 
     # Each stage leaves a folder, from which the next one starts, and so does a run that goes on.
@@ -573,10 +577,9 @@ def train(args: Args) -> Path:
         if not Path(sft_model).exists() and args.sft_model is None:
             sft(args, Path(sft_model), accelerator, tokenizer, lm, rows, test_rows, results)
         if not Path(reward_model).exists() and args.reward_model is None:
-            train_reward_model(args, Path(reward_model), accelerator, sft_model, results)
+            train_reward_model(args, Path(reward_model), accelerator, sft_model, pairs, test_rows, results)
         ppo(args, run, accelerator, sft_model, reward_model, rows, test_rows, agent, optimizer, results)
-    texts_before = results.pop("texts_before")
-    write_samples(run.folder, test_rows, texts_before, results.pop("texts_after"))
+    write_samples(run.folder, test_rows, results.pop("texts_before"), results.pop("texts_after"))
     return run.finish(**results)
 
 
@@ -625,13 +628,12 @@ def completion_logprobs(lm: nn.Module, texts: list[tuple[list[int], int]], pad_i
 
 
 def train_reward_model(
-    args: Args, folder: Path, accelerator: Accelerator, sft_model: str, results: dict[str, Any]
-) -> None:
+    args: Args, folder: Path, accelerator: Accelerator, sft_model: str, pairs: list[dict], tests: list[dict],
+    results: dict[str, Any],
+) -> None:  # fmt: skip
     """Stage 2: the SFT model with a scalar head learns which of two texts is preferred (Section 3.4, Stiennon 2020)."""
     tokenizer, net = new_reward_model(args, sft_model, accelerator.device)
     model = RewardModel(net, tokenizer)
-    needed = ("prompt", "chosen", "rejected")
-    pairs, tests = (load_rows(args, tokenizer, split, needed) for split in (args.reward_split, args.eval_split))
     optimizer = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr=args.reward_learning_rate)
     batches = shuffled(len(pairs), args.reward_batch_size, args.reward_epochs, args.seed)
     progress = Progress("reward model", len(batches))
@@ -911,10 +913,6 @@ def try_once(
         fail(f"{args.model} reads {room} tokens and a text may have {longest}: lower --max-completion-length")
     if args.sft_model is None and not ("chosen_ids" in rows[0] or "completion_ids" in rows[0]):
         fail(f"SFT needs a column chosen or completion, which {args.dataset} has not; or give --sft-model")
-    if args.reward_model is None and "rejected_ids" not in rows[0]:
-        fail(
-            f"the reward model needs columns chosen and rejected, which {args.dataset} has not; or give --reward-model"
-        )
     try:
         agent = ActorCritic(lm)
         batch, texts = rollout(args, tokenizer, agent, lm, rows[:2], np.full((2, 2), 0.5, np.float32))
@@ -989,8 +987,8 @@ def evaluate(
     kl, results = torch.cat(kls), {}
     for name, judge in judges.items():
         scores = score(judge, rows, texts)
-        results |= {name: scores.mean().item(), f"{name}_std": scores.std().item()}
-    results |= {"kl": kl.mean().item(), "kl_interval": 1.96 * kl.std().item() / math.sqrt(len(kl))}
+        results |= {name: scores.mean().item(), f"{name}_std": scores.std(correction=0).item()}
+    results |= {"kl": kl.mean().item(), "kl_interval": 1.96 * kl.std(correction=0).item() / math.sqrt(len(kl))}
     results |= {"length": torch.cat(lengths).mean().item(), "distinct_2": distinct_2(texts)}
     return results | {"ended": torch.cat(ends).mean().item()}, texts
 

@@ -311,7 +311,7 @@ def test_labels_that_are_understood(labels, meant):
 
 @pytest.mark.parametrize(
     ("labels", "part"),
-    [([5, 1, 3], "true/false, 1/0 or 1/-1"), ([1.0, math.nan], "has nan"), ([True, True], "labels of two kinds"),
+    [([5, 1, 3], "true/false, 1/0 or 1/-1"), ([1.0, math.nan], "has nan"),
      ([1, 0, -1], "labels of two kinds"), ([True, None], "has none")],
 )  # fmt: skip
 def test_labels_that_are_refused(labels, part, capsys):
@@ -407,6 +407,18 @@ def test_labelled_texts_teach_kto_and_nothing_else(folders, tmp_path, capsys):
     summary = json.loads((run(*flags, "--loss", "kto") / "summary.json").read_text())
     assert summary["margin"] > 0
     assert "--loss dpo needs columns chosen and rejected" in fails(capsys, *flags, "--loss", "dpo")
+
+
+def test_labels_of_one_kind_are_refused_to_learn_from_and_not_to_measure(folders, tmp_path, capsys):
+    records = [
+        {"prompt": "it is", "completion": f" {p['chosen'].strip()}", "label": n % 2} for n, p in enumerate(PAIRS)
+    ]
+    both, good = write(tmp_path / "both.jsonl", records), [record | {"label": True} for record in records]
+    flags = [*folders[1], *SMALL, "--loss", "kto", "--eval-split", "train[1:2]", "--run-dir", tmp_path / "runs"]
+    message = fails(capsys, *flags, "--dataset", write(tmp_path / "good.jsonl", good))
+    assert "labels of two kinds" in message and not (tmp_path / "runs").exists()
+    summary = json.loads((run(*flags, "--dataset", both) / "summary.json").read_text())
+    assert summary["accuracy"] in (0, 1)  # one text
 
 
 def test_run_leaves_a_model_and_numbers(small_run, folders):

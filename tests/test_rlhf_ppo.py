@@ -722,6 +722,7 @@ def fails(capsys, *flags: object) -> str:
         (["--model", "no/such-model"], "no/such-model"),
         (["--dataset", "no_such_folder"], "no_such_folder"),
         (["--train-split", "nothing"], "nothing"),
+        (["--reward-split", "nothing"], "nothing"),
         (["--reward-model", "no_such_file.py:f"], "no_such_file.py"),
         (["--reward-model", "no/such-reward"], "no/such-reward"),
         (["--gold", "no_such_file.py:f"], "no_such_file.py"),
@@ -764,11 +765,11 @@ def test_a_language_model_is_no_reward_model(folders, capsys):
 
 def test_tokens_beyond_the_embedding_are_named(folders, capsys, tmp_path):
     tiny_lm(vocab=11).save_pretrained(tmp_path)
-    tokenizer = tiny_tokenizer(pad=False)
+    tokenizer = tiny_tokenizer()
     tokenizer.add_special_tokens({"pad_token": "<new>"})
     tokenizer.save_pretrained(tmp_path)
     message = fails(capsys, *folders[1], *SMALL, "--model", tmp_path)
-    assert "has a token 11 and the model only 11" in message or "has a token 10" in message
+    assert "has a token 11 and the model only 11" in message
 
 
 def test_a_value_head_fits_hidden_states_of_another_width(tmp_path):
@@ -779,7 +780,10 @@ def test_a_value_head_fits_hidden_states_of_another_width(tmp_path):
     folders = make_folders(tmp_path)
     OPTForCausalLM(config).save_pretrained(tmp_path / "lm")
     folder = run(*folders, *SMALL)
-    assert torch.load(folder / "model.pt", weights_only=True)["parts"]["agent"]["value_head.weight"].shape[1] in (8, 16)
+    saved = torch.load(folder / "model.pt", weights_only=True)["parts"]["agent"]
+    hidden = AutoModelForCausalLM.from_pretrained(folder / "policy").base_model(torch.ones(1, 2, dtype=torch.long))[0]
+    assert saved["value_head.weight"].shape == (1, hidden.shape[-1]) == (1, 8)
+    assert json.loads((folder / "summary.json").read_text())["reward_accuracy"] > 0.8
 
 
 def test_a_model_without_a_cache_is_refused_before_anything_is_trained(tmp_path, capsys):
@@ -796,8 +800,13 @@ def test_a_classifier_with_few_positions_cuts_what_is_longer(folders, tmp_path):
                         max_position_embeddings=8, pad_token_id=PAD)  # fmt: skip
     BertForSequenceClassification(config).save_pretrained(tmp_path / "judge")
     tiny_tokenizer().save_pretrained(tmp_path / "judge")
+    reward = rlhf.load_reward(str(tmp_path / "judge"), -1, torch.device("cpu"))
+    words = "good film is very bad it not book"  # 8 tokens
+    long, other, within = reward([words, words, words[:-4]], [" good good", " bad", "it bad"])
+    assert long == pytest.approx(other, abs=1e-6) and abs(long - within) > 1e-6
     flags = [*folders[1], *SMALL, "--reward-model", tmp_path / "judge", "--max-completion-length", "10"]
-    assert (run(*flags, "--run-dir", tmp_path) / "summary.json").is_file()
+    summary = json.loads((run(*flags, "--run-dir", tmp_path) / "summary.json").read_text())
+    assert summary["reward_scale"][1] > 0 and summary["after"]["kl"] != 0
 
 
 def test_tokenizer_without_pad_token(tmp_path):
