@@ -121,19 +121,8 @@ class Args:
     hidden: int = 64  # units in each of the two hidden layers of actor and critic
 
     def __post_init__(self):
-        check(
-            self,
-            "> 0",
-            "total_timesteps",
-            "eval_episodes",
-            "num_envs",
-            "num_steps",
-            "learning_rate",
-            "critic_epochs",
-            "max_grad_norm",
-            "reward_scale",
-            "hidden",
-        )
+        check(self, "> 0", "total_timesteps", "eval_episodes", "num_envs", "num_steps", "learning_rate")
+        check(self, "> 0", "critic_epochs", "max_grad_norm", "reward_scale", "hidden")
         check(self, ">= 0", "ent_coef", "vf_coef")
         check(self, "in [0, 1]", "gamma", "gae_lambda")
 

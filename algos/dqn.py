@@ -124,15 +124,12 @@ class Args:
     hidden: int = 64  # units in each of the two hidden layers
 
     def __post_init__(self):
-        check(
-            self, "> 0", "total_timesteps", "eval_episodes", "num_envs", "train_frequency", "batch_size",
-            "learning_rate", "max_grad_norm", "n_step", "target_network_frequency", "tau", "reward_scale", "hidden",
-        )  # fmt: skip
+        check(self, "> 0", "total_timesteps", "eval_episodes", "num_envs", "train_frequency", "batch_size")
+        check(self, "> 0", "learning_rate", "max_grad_norm", "n_step", "target_network_frequency", "tau")
+        check(self, "> 0", "reward_scale", "hidden")
         check(self, ">= 0", "learning_starts")
-        check(
-            self, "in [0, 1]", "gamma", "tau", "start_e", "end_e", "exploration_fraction", "repeat_random",
-            "prioritized_replay_alpha", "prioritized_replay_beta",
-        )  # fmt: skip
+        check(self, "in [0, 1]", "gamma", "tau", "start_e", "end_e", "exploration_fraction", "repeat_random")
+        check(self, "in [0, 1]", "prioritized_replay_alpha", "prioritized_replay_beta")
         if self.buffer_size < 2 * self.num_envs:
             fail(f"--buffer-size must hold two steps of every environment, {2 * self.num_envs} at least")
 

@@ -141,15 +141,12 @@ class Args:
     bf16: bool = False  # run the networks in bfloat16: for GPUs, and CPUs that compute in it (AVX512-BF16, AMX)
 
     def __post_init__(self):
-        check(
-            self, "> 0", "total_timesteps", "eval_episodes", "num_envs", "train_frequency", "batch_size",
-            "learning_rate", "max_grad_norm", "n_step", "target_network_frequency", "tau", "frame_stack",
-            "frame_skip", "threads",
-        )  # fmt: skip
+        check(self, "> 0", "total_timesteps", "eval_episodes", "num_envs", "train_frequency", "batch_size")
+        check(self, "> 0", "learning_rate", "max_grad_norm", "n_step", "target_network_frequency", "tau", "frame_stack")
+        check(self, "> 0", "frame_skip", "threads")
         check(self, ">= 0", "learning_starts", "noop_max")
-        check(
-            self, "in [0, 1]", "gamma", "tau", "start_e", "end_e", "exploration_fraction", "repeat_action_probability"
-        )
+        check(self, "in [0, 1]", "gamma", "tau", "start_e", "end_e", "exploration_fraction")
+        check(self, "in [0, 1]", "repeat_action_probability")
         if self.buffer_size < 2 * self.num_envs:
             fail(f"--buffer-size must hold two steps of every environment, {2 * self.num_envs} at least")
 

@@ -117,22 +117,9 @@ class Args:
     hidden: int = 64  # units in each of the two hidden layers of actor and critic
 
     def __post_init__(self):
-        check(
-            self,
-            "> 0",
-            "total_timesteps",
-            "eval_episodes",
-            "num_envs",
-            "num_steps",
-            "num_minibatches",
-            "update_epochs",
-            "learning_rate",
-            "clip_coef",
-            "max_grad_norm",
-            "target_kl",
-            "reward_scale",
-            "hidden",
-        )
+        check(self, "> 0", "total_timesteps", "eval_episodes", "num_envs", "num_steps", "num_minibatches")
+        check(self, "> 0", "update_epochs", "learning_rate", "clip_coef", "max_grad_norm", "target_kl", "reward_scale")
+        check(self, "> 0", "hidden")
         check(self, ">= 0", "ent_coef", "vf_coef")
         check(self, "in [0, 1]", "gamma", "gae_lambda")
 

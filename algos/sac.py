@@ -125,10 +125,9 @@ class Args:
     hidden: int = 256  # units in each of the two hidden layers of actor and critics
 
     def __post_init__(self):
-        check(
-            self, "> 0", "total_timesteps", "eval_episodes", "num_envs", "train_frequency", "batch_size",
-            "learning_rate", "n_step", "tau", "policy_frequency", "num_critics", "alpha", "reward_scale", "hidden",
-        )  # fmt: skip
+        check(self, "> 0", "total_timesteps", "eval_episodes", "num_envs", "train_frequency", "batch_size")
+        check(self, "> 0", "learning_rate", "n_step", "tau", "policy_frequency", "num_critics", "alpha", "reward_scale")
+        check(self, "> 0", "hidden")
         check(self, ">= 0", "learning_starts")
         check(self, "in [0, 1]", "gamma", "tau", "repeat_noise")
         if self.buffer_size < 2 * self.num_envs:

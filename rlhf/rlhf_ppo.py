@@ -597,7 +597,8 @@ def sft(
     texts, tests = ([row[wanted] for row in part] for part in (rows, test_rows[: args.eval_episodes]))
     lm = trainable(args, lm)
     optimizer = torch.optim.Adam([p for p in lm.parameters() if p.requires_grad], lr=args.sft_learning_rate)
-    batches = shuffled(len(texts), args.sft_batch_size, args.sft_epochs, args.seed)
+    lengths = [len(ids) for ids, _ in texts]
+    batches = batches_by_length(lengths, args.sft_batch_size, args.sft_epochs, args.seed)
     progress = Progress("SFT", max(len(batches), 1))
     for step, batch in enumerate(batches):
         optimizer.param_groups[0]["lr"] = args.sft_learning_rate * (1 - step / len(batches))
@@ -635,7 +636,8 @@ def train_reward_model(
     tokenizer, net = new_reward_model(args, sft_model, accelerator.device)
     model = RewardModel(net, tokenizer)
     optimizer = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr=args.reward_learning_rate)
-    batches = shuffled(len(pairs), args.reward_batch_size, args.reward_epochs, args.seed)
+    lengths = [max(len(pair["chosen_ids"][0]), len(pair["rejected_ids"][0])) for pair in pairs]
+    batches = batches_by_length(lengths, args.reward_batch_size, args.reward_epochs, args.seed)
     progress = Progress("reward model", len(batches))
     for step, batch in enumerate(batches):
         optimizer.param_groups[0]["lr"] = args.reward_learning_rate * (1 - step / len(batches))
@@ -824,11 +826,15 @@ def without_adapter(lm: nn.Module) -> contextlib.AbstractContextManager:
     return lm.disable_adapter() if hasattr(lm, "disable_adapter") else contextlib.nullcontext()
 
 
-def shuffled(size: int, batch_size: int, epochs: int, seed: int) -> list[np.ndarray]:
-    """Row numbers of every minibatch: each epoch in a new order, its last minibatch filled up from its start."""
-    count = math.ceil(size / batch_size)
-    orders = [np.random.default_rng([seed, epoch]).permutation(size) for epoch in range(epochs)]
-    return [rows for order in orders for rows in np.resize(order, (count, batch_size))]
+def batches_by_length(lengths: list[int], batch_size: int, epochs: int, seed: int) -> list[np.ndarray]:
+    """Row numbers of every minibatch, each epoch anew: texts of like length meet, so that little is padded."""
+    count, batches = math.ceil(len(lengths) / batch_size), []
+    for epoch in range(epochs):
+        rng = np.random.default_rng([seed, epoch])
+        rows = np.resize(rng.permutation(len(lengths)), count * batch_size)  # the last minibatch is filled up
+        rows = rows[np.argsort(np.array(lengths)[rows] + rng.uniform(0, 3, len(rows)))]
+        batches += list(rng.permutation(rows.reshape(count, batch_size)))
+    return batches
 
 
 def own_parts(args: Args, accelerator: Accelerator, rows: np.ndarray) -> list[np.ndarray]:

@@ -815,3 +815,19 @@ def test_tokenizer_without_pad_token(tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path / "lm").pad_token_id is None
     summary = json.loads((run(*flags, *SMALL) / "summary.json").read_text())
     assert summary["after"]["length"] > 0 and summary["reward_accuracy"] > 0.8
+
+
+def test_minibatches_hold_every_text_once_an_epoch_and_texts_of_like_length():
+    lengths = np.random.default_rng(0).integers(5, 40, 640).tolist()
+    batches = rlhf.batches_by_length(lengths, 64, 2, seed=1)
+    assert len(batches) == 20 and all(len(rows) == 64 for rows in batches)
+    for epoch in (batches[:10], batches[10:]):
+        assert sorted(np.concatenate(epoch)) == list(range(640))
+        longest = [max(lengths[n] for n in rows) for rows in epoch]
+        assert np.mean(longest) < 26  # 39 at random, where nearly every minibatch has one of the longest
+        assert longest != sorted(longest)  # nor do they come from short to long
+    assert not np.array_equal(batches[0], batches[10])
+    again = rlhf.batches_by_length(lengths, 64, 2, seed=1)
+    assert all(np.array_equal(rows, others) for rows, others in zip(batches, again, strict=True))
+    few = rlhf.batches_by_length([7] * 100, 64, 1, seed=1)
+    assert [len(rows) for rows in few] == [64, 64] and set(np.concatenate(few)) == set(range(100))
