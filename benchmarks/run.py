@@ -1,6 +1,6 @@
 """Runs the studies behind benchmarks.md, draws their figures and writes their tables.
 
-    python benchmarks/run.py                          lists the studies
+    python benchmarks/run.py                          lists the studies, and how many results are out of date
     python benchmarks/run.py scores                   runs one: ten seeds of every variant, two at a time
     python benchmarks/run.py scores --only lunar --seeds 3 --workers 1
     python benchmarks/run.py scores --draw-only       draws it again from the results that are there
@@ -14,6 +14,7 @@ so an interrupted study goes on where it stopped when the same command is given 
 from __future__ import annotations
 
 import argparse
+import ast
 import csv
 import dataclasses
 import gzip
@@ -64,6 +65,27 @@ def load_script(script: str) -> Any:
         sys.modules[name] = module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     return sys.modules[name]
+
+
+def code_digest(script: Path) -> str:
+    """What a script computes, as a number: sections 2 to 6 where it has them, without comments and docstrings."""
+    source = script.read_text(encoding="utf-8")
+    if "\n# 7. " in source:
+        source = source[source.index("\n# 2. ") : source.index("\n# 7. ")]
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+            node.body.pop(0)
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
+
+
+def out_of_date(records: dict[Variant, list[Record]]) -> int:
+    """How many results are of a script that has changed since, as far as the results know."""
+    return sum(
+        record.get("code_sha256") != code_digest(ROOT / variant.script)
+        for variant, found in records.items()
+        for record in found
+    )
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -214,7 +236,7 @@ class Run:
             "device": config.get("device"), "settings": here(config.get("args", {})), "versions": versions,
             "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "system": platform.system()},
             "pinned": self.core is not None, "metrics_sha256": hashlib.sha256(packed).hexdigest(),
-            "script_sha256": hashlib.sha256((ROOT / self.variant.script).read_bytes()).hexdigest(),
+            "code_sha256": code_digest(ROOT / self.variant.script),
         }  # fmt: skip
         for variant, name in self.study.pictures:
             if variant == self.variant and self.seed == SEED and (folder / name).is_file():
@@ -453,8 +475,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.study is None:
         for study in STUDIES.values():
-            runs = sum(map(len, collect(study).values()))
-            print(f"{study.name:16} {len(study.variants):3} variants, {runs:4} runs there   {study.question}")
+            found = collect(study)
+            there = f"{sum(map(len, found.values())):4} runs there, {out_of_date(found):4} out of date"
+            print(f"{study.name:16} {len(study.variants):3} variants, {there}   {study.question}")
         return
     if args.seeds < 1 or args.workers < 1:
         parser.error("--seeds and --workers must be at least 1")

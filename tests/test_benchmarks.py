@@ -126,6 +126,31 @@ def test_what_counts_as_done(home):
     assert run.read_back(STUDY, GOOD, 101)[1] == "is damaged (BadGzipFile)"
 
 
+def test_a_result_is_out_of_date_once_its_script_computes_something_else(home, tmp_path, monkeypatch, capsys):
+    for folder in ("algos", "benchmarks"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+    script, ours = tmp_path / GOOD.script, (ROOT / GOOD.script).read_text()
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    monkeypatch.setattr(run, "STUDIES", {"small": STUDY})
+    script.write_text(ours)
+    write_result(STUDY, GOOD, 101, eval_return_mean=500.0, solved_step=10, solved_seconds=1.0, sps=1000)
+    file = run.files_of(STUDY, GOOD, 101)[1]
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"code_sha256": run.code_digest(script)}))
+
+    def listed() -> str:
+        run.main([])
+        return re.search(r"(\d+) runs there, +(\d+) out of date", capsys.readouterr().out)[2]
+
+    assert listed() == "0"
+    words = ours.replace("# Play.", "# Play a while.").replace('"""Generalized advantage', '"""Estimated advantage')
+    settings = words.replace("seed: int = 1 ", "seed: int = 5 ").replace("# 8. Command line", "# 8. The command line")
+    assert settings.count("Play a while") == settings.count("Estimated advantage") == settings.count("int = 5 ") == 1
+    script.write_text(settings)
+    assert listed() == "0"  # words, settings (each result knows its own) and the record are no computation
+    script.write_text(ours.replace("deltas = rewards + gamma", "deltas = rewards - gamma"))
+    assert listed() == "1"
+
+
 def test_seeds_are_named_with_their_variant():
     found = {GOOD: [{"seed": 101}, {"seed": 110}], BAD: [{"seed": 201}, {"seed": 203}]}
     assert run.seeds_of(found) == "Seeds 101 to 110, 201 to 203 for bad (CartPole-v1)"
