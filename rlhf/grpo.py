@@ -673,10 +673,10 @@ def warm_start(args: Args, lm: nn.Module, tokenizer: Any) -> None:
         ids, seen = torch.cat((prompt_ids, ids), 1).to(lm.device), torch.cat((prompt_mask, mask), 1).to(lm.device)
         logprobs, _ = token_logprobs(lm, ids, seen, mask.shape[1], temperature=1.0)
         loss = -(logprobs * token_weights(mask.to(lm.device), "token", 0)).sum()
-        optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
         optimizer.step()
+        optimizer.zero_grad()
         progress.update(step + 1, f"loss {loss.item():.3f}")
     progress.close()
 

@@ -616,7 +616,13 @@ def test_long_prompts_are_left_out(lm, dataset, capsys):
     assert f"{40 - len(rows)} of 40" in capsys.readouterr().out
 
 
-LEARN = "--warmup-steps 350 --total-episodes 6144 --eval-episodes 128 --eval-samples 4 --eval-every 99"
+def test_nothing_is_learnt_where_no_answer_is_right(tmp_path):
+    """A model that knows nothing yet: no group has variance, so the weights stay where the warm start left them."""
+    run = train(tmp_path, "--warmup-steps 2 --total-episodes 32 --num-prompts 4 --group-size 4 --eval-episodes 4")
+    assert all(float(row["objective/groups_without_variance"]) == 1 for row in rows_of(run))
+    assert all(float(row["losses/grad_norm"]) == 0 for row in rows_of(run))
+    start, policy = (grpo.load_lm(str(run / name))[1].state_dict() for name in ("start", "policy"))
+    assert all(torch.equal(start[name], policy[name]) for name in start)
 
 
 def test_it_learns_to_write_its_steps_down(tmp_path):

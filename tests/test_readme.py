@@ -67,6 +67,16 @@ def test_every_script_is_in_the_table_and_has_commands():
         assert commands_in(header(script)), script
 
 
+def test_lines_to_read_are_counted():
+    lines = {"algos": [], "rlhf": []}
+    for script in SCRIPTS:
+        text = (ROOT / script).read_text()
+        own = text[text.index("# 1. Settings") : text.index("# 7. Run record")]
+        lines[script.split("/")[0]].append(own.count("\n"))
+    said = re.search(r"is (\d+) to (\d+) lines in `algos/`.*? have (\d+) to (\d+)", README, re.S)
+    assert [int(number) for number in said.groups()] == [f(own) for own in lines.values() for f in (min, max)]
+
+
 def test_links_and_pictures_exist():
     for target in re.findall(r"\]\(([^)#:]+)\)", README):
         assert (ROOT / target).exists(), target
