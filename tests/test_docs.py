@@ -43,8 +43,8 @@ COMMANDS = set(
     re.findall(
         r"\\\w+",
         r"""\alpha \beta \gamma \delta \epsilon \varepsilon \theta \bar \lambda \omega \phi \pi \rho \sigma \tau \nabla
-        \ell \mathbb \mathcal \mathrm \text \hat \log \max \min \arg \sum \frac \tfrac \infty \sim \mid \succ \tanh \Vert
-        \lvert \rvert \ge \le \ne \approx \propto \leftarrow \dots \quad \qquad \begin \end \big \Big""",
+        \ell \mathbb \mathcal \mathrm \text \hat \log \max \min \arg \sum \frac \tfrac \infty \sim \mid \succ \Vert
+        \lvert \rvert \ge \le \ne \approx \propto \leftarrow \dots \quad \qquad \begin \end \big \Big \tanh""",
     )
 )
 
