@@ -29,10 +29,10 @@ Expect   Greedy return over 100 episodes at the end of training, ten seeds which
          python benchmarks/memory_and_masks.py --seeds 10, torch 2.13. Trapdoors and Locks are in tests/masked_envs.py.
 
                                      steps    mean    worst   threshold reached, seconds to it
-         Taxi-v4                      200k    7.72     7.55   8 by 10 of 10, median 7.3 (best policy: 7.93)
+         Taxi-v4                      200k    7.72     7.55   8 by 10 of 10, median 6.5 (best policy: 7.93)
            without masks (ppo.py)     200k  -148.2   -200.0   8 by 1 of 10
-         Trapdoors, best 10           40k     10.0     10.0   9 by 5 of 5, median 0.3, slowest 0.3
-           without masks (ppo.py)    400k      9.2      8.0   9 by 4 of 5, median 1.9, slowest 3.6
+         Trapdoors, best 10           40k     10.0     10.0   9 by 10 of 10, median 0.3, slowest 0.7
+           without masks (ppo.py)    400k      9.3      8.0   9 by 8 of 10, median 1.5, slowest 3.6
          Locks, MultiDiscrete, best 24 40k    24.0     24.0   23 by 10 of 10, median 1.1
 
 Deviations from the papers

@@ -45,8 +45,8 @@ def flags_of_preset(script: str, env: str) -> str:
 # Task: (title, line: command). {} is the seed; "peer" is this file.
 TASKS: dict[str, dict[str, str]] = {
     "CartPole-v1 without velocities": {
-        "ppo_lstm.py": f"{MEMORY} --env CartPole-v1",
         "with a GRU": f"{MEMORY} --env CartPole-v1 --memory gru",
+        "with an LSTM": f"{MEMORY} --env CartPole-v1 --memory lstm",
         "without memory": f"{MEMORY} --env CartPole-v1 --memory none",
         "RecurrentPPO": "peer --peer recurrent --env CartPole-v1",
     },

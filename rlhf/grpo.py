@@ -39,11 +39,11 @@ Run      python rlhf/grpo.py
          accelerate launch --num-processes 2 rlhf/grpo.py --model my_model --dataset my_problems.jsonl --reward number
          python rlhf/grpo.py --eval runs/<folder>
 
-Expect   Seeds 301 to 304, two runs at a time on two cores of an AMD EPYC: 102 to 139 s of training, warm start
-         included. Greedy answers on held-out problems right after it: 1.00, .93, 1.00, 1.00 (seed 301 before: .02);
-         pass@1 .99, .92, .98, .99 (before: .34); pass@16 1, .94, 1, 1 (before: 1, so nothing was gained there);
-         length 16 tokens (before: 4). Problems with more swaps than any trained on: pass@1 .02 to .05, a miss.
-         GPU: not measured yet.
+Expect   Seeds 301 to 305, one core of an AMD EPYC while the other was at work: 84 to 93 s of training, warm start
+         included, and 94 to 107 s from Enter to the prompt. On held-out problems, median (and range over seeds):
+         greedy answers right 1.00 (.93 to 1.00), before .03; pass@1 .98 (.92 to .99), before .34; pass@16 1.00 (.94
+         to 1.00), before 1.00, so nothing was gained there; length 16 tokens, before 4. Problems with more swaps
+         than any trained on: pass@1 .02 (.02 to .05), before .01, a miss. GPU: not measured yet.
 
 Folder   besides the usual: start/ (the warm-started model) and policy/, which from_pretrained loads, and samples.md.
          Steps are answers sampled. summary.json has greedy (share of right greedy answers), pass@1 and pass@16 (of
