@@ -51,8 +51,8 @@ Deviations from the papers
  4. LSTM or GRU: the GRU needs as few steps and is the steadier of the two on CartPole (above), where it is the preset.
     On a CPU torch has a fused LSTM and no fused GRU, and a run takes less than a third of the time: so the LSTM
     is the default elsewhere.
- 5. The weights of what the memory hears start as orthogonal matrices times five: a velocity is a small difference
-    between two observations, and must be heard.
+ 5. The weights of what the memory hears start as orthogonal matrices times five, which learnt sooner and more steadily
+    on tuning seeds; perhaps because a velocity is a small difference between two observations.
 """
 
 from __future__ import annotations
@@ -305,7 +305,7 @@ class Net(nn.Module):
                 for gate in matrix.split(hidden):
                     nn.init.orthogonal_(gate)
             weight = next(self.memory.parameters())  # what comes in, [gates * H, D + 2]
-            weight *= 5  # a velocity is a small difference of two observations: it must be heard from the start
+            weight *= 5  # a velocity is a small difference of two observations
             weight[:, -2] = 0
             weight[:, -1] = -1e4 * torch.tensor(shut).repeat_interleave(hidden)
         weight.register_hook(lambda grad: pad(grad[:, :-1], (0, 1)))  # nothing for the column that resets

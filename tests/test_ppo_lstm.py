@@ -365,3 +365,14 @@ def test_cartpole_without_velocities_is_solved_and_not_without_memory(tmp_path):
         scores[memory] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     assert scores["lstm"]["solved_step"] < 180_000 and scores["lstm"]["eval_return_mean"] >= 475
     assert scores["none"]["solved_step"] is None and scores["none"]["eval_return_mean"] < 200
+
+
+@pytest.mark.parametrize("memory", ["lstm", "gru", "none"])
+def test_what_the_memory_hears_starts_loud_and_without_bias(memory):
+    """Orthogonal columns of length 5 a gate; no bias; the column that resets stands apart."""
+    torch.manual_seed(0)
+    net = lstm.Net(memory, inputs=3, hidden=16, outputs=2, last_std=0.01)
+    weight = next(net.memory.parameters()).detach()  # [gates * 16, 3 + 2]
+    for gate in weight.split(16):
+        torch.testing.assert_close(gate[:, :3].T @ gate[:, :3], 25 * torch.eye(3))
+    assert (weight[:, 3] == 0).all() and set(weight[:, 4].tolist()) <= {0.0, -1e4}
