@@ -592,7 +592,7 @@ class Run:
                 axis.axhline(self.threshold, color="tab:red", linestyle="--")
             axis.locator_params(nbins=5)
             axis.grid(alpha=0.3)
-        figure.suptitle(f"{self.name} · {self.script} · seed {self.args.seed}")
+        figure.suptitle(f"{self.name} · {self.script} · seed {self.args.seed} · over steps")
         figure.savefig(self.folder / "curves.png")
 
 
