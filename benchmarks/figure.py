@@ -37,13 +37,24 @@ def interquartile_mean(scores: np.ndarray, draws: int = 4000) -> tuple[float, fl
     return float(middle[0]), float(low), float(high)
 
 
+MARKS = {"Pendulum-v1": -200.0}  # where an environment has no threshold of its own
+
+
 def reward_threshold(env: str | None) -> float | None:
     import gymnasium
 
     try:
-        return gymnasium.spec(env).reward_threshold if env else None
+        threshold = gymnasium.spec(env).reward_threshold if env else None
     except gymnasium.error.Error:
         return None
+    return MARKS.get(env) if threshold is None else threshold
+
+
+def first_reached(metrics: dict[str, np.ndarray], threshold: float) -> dict[str, float]:
+    """Step and seconds at the first row whose mean of the last 100 episodes is at least this; empty if none is."""
+    rows = np.flatnonzero(metrics["charts/episodic_return"] >= threshold)
+    return {f"solved_{key}": float(metrics[name][rows[0]])
+            for key, name in (("step", "step"), ("seconds", "seconds")) if len(rows)}  # fmt: skip
 
 
 def value_of(record: Record, key: str) -> float | None:

@@ -24,10 +24,11 @@ import gymnasium as gym
 import numpy as np
 import stable_baselines3
 import torch
-from stable_baselines3 import A2C, DQN, PPO
+from stable_baselines3 import A2C, DQN, PPO, SAC, TD3
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.noise import NormalActionNoise
 
 
 def linear(start: float) -> Any:
@@ -35,7 +36,11 @@ def linear(start: float) -> Any:
     return lambda left: left * start
 
 
-WIDE = dict(net_arch=[256, 256])
+WIDE, WIDER = dict(net_arch=[256, 256]), dict(net_arch=[400, 300])
+TD3_SETTINGS = dict(
+    n_envs=1, learning_rate=1e-3, gamma=0.98, buffer_size=200_000, learning_starts=10_000, train_freq=1,
+    gradient_steps=1, noise_std=0.1, policy_kwargs=WIDER,
+)  # fmt: skip
 SETTINGS: dict[tuple[str, str], dict[str, Any]] = {
     ("ppo", "CartPole-v1"): dict(
         total_timesteps=100_000, n_envs=8, n_steps=32, batch_size=256, n_epochs=20, gae_lambda=0.8, gamma=0.98,
@@ -59,7 +64,17 @@ SETTINGS: dict[tuple[str, str], dict[str, Any]] = {
         learning_starts=0, gamma=0.99, target_update_interval=250, train_freq=4, gradient_steps=-1,
         exploration_fraction=0.12, exploration_final_eps=0.1, policy_kwargs=WIDE,
     ),
+    ("sac", "Pendulum-v1"): dict(total_timesteps=20_000, n_envs=1, learning_rate=1e-3),
+    ("sac", "LunarLanderContinuous-v3"): dict(
+        total_timesteps=500_000, n_envs=1, learning_rate=linear(7.3e-4), tau=0.01, learning_starts=10_000,
+        policy_kwargs=WIDER,
+    ),
+    ("td3", "Pendulum-v1"): TD3_SETTINGS | dict(total_timesteps=20_000),
+    ("td3", "LunarLanderContinuous-v3"): TD3_SETTINGS | dict(total_timesteps=300_000),
 }  # fmt: skip
+
+
+ALGORITHMS = {"ppo": PPO, "a2c": A2C, "dqn": DQN, "sac": SAC, "td3": TD3}
 
 
 class Watch(BaseCallback):
@@ -98,7 +113,7 @@ class Watch(BaseCallback):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--algo", choices=("ppo", "a2c", "dqn"), default="ppo")
+    parser.add_argument("--algo", choices=ALGORITHMS, default="ppo")
     parser.add_argument("--env", choices=sorted({env for _, env in SETTINGS}), default="CartPole-v1")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--total-timesteps", type=int, default=None, help="the default is the Zoo's")
@@ -112,8 +127,12 @@ def main() -> None:
     total, n_envs = settings.pop("total_timesteps"), settings.pop("n_envs")
     total = args.total_timesteps or total
     envs = make_vec_env(args.env, n_envs, seed=args.seed)
-    model = {"ppo": PPO, "a2c": A2C, "dqn": DQN}[args.algo]("MlpPolicy", envs, seed=args.seed, device="cpu", **settings)
+    if "noise_std" in settings:
+        shape = envs.action_space.shape
+        settings["action_noise"] = NormalActionNoise(np.zeros(shape), np.full(shape, settings.pop("noise_std")))
+    model = ALGORITHMS[args.algo]("MlpPolicy", envs, seed=args.seed, device="cpu", **settings)
     threshold = gym.spec(args.env).reward_threshold
+    threshold = float("inf") if threshold is None else threshold
     watch = Watch(total, threshold, args.max_seconds)
     model.learn(total, callback=watch)
     seconds = time.perf_counter() - watch.started
@@ -122,8 +141,9 @@ def main() -> None:
     returns, _ = evaluate_policy(model, eval_env, args.eval_episodes, deterministic=True, return_episode_rewards=True)
     folder = Path(args.run_dir) / f"{args.env}__sb3-{args.algo}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     folder.mkdir(parents=True)
+    plain = {k: v for k, v in settings.items() if type(v) in (int, float, dict)}
     config = {
-        "script": f"sb3-{args.algo}", "args": vars(args) | {k: v for k, v in settings.items() if not callable(v)},
+        "script": f"sb3-{args.algo}", "args": vars(args) | plain,
         "device": "cpu", "python": platform.python_version(), "platform": platform.platform(),
         "gymnasium": gym.__version__, "numpy": np.__version__, "torch": torch.__version__,
         "stable-baselines3": stable_baselines3.__version__,

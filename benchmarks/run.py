@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from figure import bootstrap, draw, interquartile_mean, reward_threshold, value_of, values_of
+from figure import MARKS, bootstrap, draw, first_reached, interquartile_mean, reward_threshold, value_of, values_of
 from studies import ROOT, SEED, STUDIES, Study, Variant
 
 HOME = ROOT / "benchmarks"  # results/ and figures/ lie here
@@ -143,6 +143,8 @@ def read_back(study: Study, variant: Variant, seed: int) -> tuple[Record | None,
         return None, f"is damaged ({type(error).__name__})"
     names = rows[0] if rows else {}
     record["metrics"] = {k: np.array([float(row[k]) if row[k] else np.nan for row in rows]) for k in names}
+    if variant.env in MARKS and rows:
+        record["summary"] |= first_reached(record["metrics"], MARKS[variant.env])
     return record, ""
 
 

@@ -1,5 +1,6 @@
 """The benchmarks' instrument: a small study end to end, its results damaged in every way, and its statistics."""
 
+import dataclasses
 import gzip
 import json
 import re
@@ -162,6 +163,17 @@ def test_lost_threshold_is_counted(home):
                      steps=1000, sps=10)  # fmt: skip
     row = run.table_row(STUDY, GOOD, run.collect(STUDY)[GOOD])
     assert row[6:8] == ["2/3, 1 lost", "2.00 (3.00)"]
+
+
+def test_pendulum_counts_as_solved_at_a_mark(home):
+    """It has no threshold of its own, and its runs know of none."""
+    pendulum = dataclasses.replace(GOOD, env="Pendulum-v1")
+    rows = "step,seconds,charts/episodic_return\n100,1,\n200,2,-900\n300,3,-199\n400,4,-150\n"
+    for seed, metrics in ((101, rows), (102, rows.replace("-199", "-201").replace("-150", "-202"))):
+        write_result(STUDY, pendulum, seed, metrics, eval_return_mean=-150.0, solved_step=None, steps=400, sps=10)
+    records = [run.read_back(STUDY, pendulum, seed)[0] for seed in (101, 102)]
+    assert [record["summary"].get("solved_step") for record in records] == [300, None]
+    assert run.table_row(STUDY, pendulum, records)[6:8] == ["1/2", "3.00 (3.00)"]
 
 
 def test_bootstrap_known_cases():
