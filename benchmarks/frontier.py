@@ -33,7 +33,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import torch
 from figure import COLORS
-from run import HOME, PAGE, ROOT, load_script, replace_between, write_whole
+from run import HOME, PAGE, ROOT, fold, load_script, replace_between, write_whole
 
 RESULTS = HOME / "results" / "frontier.csv"
 FIGURES = {"frontier": HOME / "figures" / "frontier.png", "overoptimisation": HOME / "figures" / "overoptimisation.png"}
@@ -265,7 +265,9 @@ def table(rows: list[dict[str, Any]]) -> str:
             cells = [method, name, str(len(here)), f"{np.mean(gold):.2f} [{min(gold):.2f}, {max(gold):.2f}]"]
             cells += ["" if np.isnan(x) else f"{x:.2f}" for x in means]
             lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", f"Seeds {', '.join(map(str, sorted({row['seed'] for row in rows})))}."])
+    return "\n".join(
+        [*fold(lines, "All methods"), "", f"Seeds {', '.join(map(str, sorted({row['seed'] for row in rows})))}."]
+    )
 
 
 def publish() -> None:

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from figure import COLORS
-from run import PAGE, load_script, replace_between, write_whole
+from run import PAGE, fold, load_script, replace_between, write_whole
 
 HERE = Path(__file__).resolve().parent
 RESULTS, FIGURES = HERE / "results", HERE / "figures"
@@ -45,7 +45,9 @@ VARIANTS = {
     "4 updates, clip .2 / .2": "--num-minibatches 2 --update-epochs 2 --clip-high 0.2",
     "4 updates, clip .2 / .28": "--num-minibatches 2 --update-epochs 2",
     "4 updates, per answer (GSPO)": "--num-minibatches 2 --update-epochs 2 --ratio sequence --loss-norm sequence",
+    "4 updates, learning rate 5e-4": "--num-minibatches 2 --update-epochs 2 --learning-rate 5e-4",
     "16 updates": "--num-minibatches 4 --update-epochs 4",
+    "16 updates, learning rate 2e-4": "--num-minibatches 4 --update-epochs 4 --learning-rate 2e-4",
     "groups of 4": "--num-prompts 64 --group-size 4",
     "groups of 64": "--num-prompts 4 --group-size 64",
 }
@@ -310,7 +312,8 @@ def draw_pass_at_k(rows: list[dict]) -> None:
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows))
+    lines = ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows)]
+    return "\n".join(fold(lines, "All variants"))
 
 
 def publish() -> None:

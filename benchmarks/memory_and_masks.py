@@ -29,7 +29,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 import gymnasium as gym
 import numpy as np
-from run import HOME, PAGE, ROOT, cpu_name, load_script, replace_between, write_whole
+from run import HOME, PAGE, ROOT, cpu_name, fold, load_script, replace_between, write_whole
 
 RESULTS = HOME / "results" / "memory_and_masks.csv"
 FIELDS = ["task", "line", "command", "seed", "steps", "train_seconds", "solved_step", "solved_seconds", "eval"]
@@ -232,7 +232,8 @@ def table(rows: list[dict[str, str]]) -> str:
             train = f"{np.median([float(row['train_seconds']) for row in found]):.0f}"
             cells = [task, line, f"{numbers[0]}–{numbers[-1]}", budget, count, steps, seconds]
             lines.append([*cells, f"{np.mean(scores):.1f}", f"{min(scores):.1f}", train])
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + f"\n\nOne core of {cpu_name()}."
+    lines = fold(["| " + " | ".join(cells) + " |" for cells in lines], "All tasks")
+    return "\n".join([*lines, "", f"One core of {cpu_name()}."])
 
 
 def publish() -> None:

@@ -399,6 +399,13 @@ def seeds_of(found: dict[Variant, list[Record]]) -> str:
     return ", ".join(parts)
 
 
+def fold(lines: list[str], title: str) -> list[str]:
+    """A table of Markdown, below a fold where it has more than a dozen rows."""
+    if len(lines) <= 14:
+        return lines
+    return [f"<details><summary>{title}, {len(lines) - 2} rows</summary>", "", *lines, "", "</details>"]
+
+
 def table(study: Study, found: dict[Variant, list[Record]]) -> str:
     header = ["variant", "environment", "runs"]
     if not study.columns_only:
@@ -418,7 +425,13 @@ def table(study: Study, found: dict[Variant, list[Record]]) -> str:
     notes = [f"{seeds_of(found)}; {sum(map(len, found.values()))} runs, one core each."]
     if missing:
         notes.append(f"Not measured yet: {', '.join(missing)}.")
-    parts = [lines, [" ".join(notes)], misses, aggregate_lines(study, found), ratio_lines(study, found)]
+    parts = [
+        fold(lines, study.title),
+        [" ".join(notes)],
+        misses,
+        aggregate_lines(study, found),
+        ratio_lines(study, found),
+    ]
     return "\n\n".join("\n".join(part) for part in parts if part)
 
 
