@@ -26,18 +26,15 @@ Run      python algos/a2c_gae.py
          python algos/a2c_gae.py --gae-lambda 1                  (trust the return alone)
          python algos/a2c_gae.py --eval runs/<folder> --capture-video
 
-Expect   Greedy return over 100 episodes at the end of training, ten seeds which nothing was tuned on (201 on for
-         LunarLander, where 101-110 had shown what deviation 5 says):
+Expect   Greedy return over 100 episodes at the end of training, ten seeds which nothing was tuned on:
          python benchmarks/run.py scores --only a2c --first-seed 301, torch 2.13.
-         Seeds 301 to 310 are of this file (two runs at a time on two cores of an AMD EPYC); lines with an
-         asterisk are of the version before its text was shortened (commit 58a5420), same settings, seeds 101 on.
+         Two runs at a time on two cores of an AMD EPYC.
 
-                                     steps    mean    worst   threshold reached, seconds to it
-         CartPole-v1                  302k   500.0    500.0   475 by 10 of 10, median 1.1, slowest 2.4
-         LunarLander-v3 *             1.5M   239.7    193.5   200 by 10 of 10, median 25, slowest 72, and one of
-                                             them below it at the end; seconds beside other work
-         Acrobot-v1 *                 300k   -83.5    -85.1   -100 by 10 of 10, median 2.0, slowest 2.3
-         Pendulum-v1 *                  1M  -157.1   -169.7   no threshold; 28 s of training
+                          steps    mean    worst   threshold reached, seconds to it
+         CartPole-v1       302k   500.0    500.0   475 by 10 of 10, median 1.1, slowest 2.4
+         LunarLander-v3    1.5M   235.8    206.3   200 by 10 of 10, median 19, slowest 41
+         Acrobot-v1        300k   -85.0    -89.1   -100 by 10 of 10, median 1.9, slowest 2.2
+         Pendulum-v1         1M  -148.9   -151.0   (has none) -200 by 10 of 10, median 12.8, slowest 14.3
 
          GPU: not measured yet.
 

@@ -29,15 +29,14 @@ Run      python algos/dqn.py
          python algos/dqn.py --eval runs/<folder> --capture-video
 
 Expect   Greedy return over 100 episodes at the end of training, ten seeds which nothing was tuned on:
-         python benchmarks/run.py scores --only dqn --first-seed 301, torch 2.13. Seeds 301 to 310 are of this file
-         (two runs at a time on two cores of an AMD EPYC); lines with an asterisk are of the version before
-         (commit 58a5420, seeds 101 on), whose loss and frequencies were others: not measured again yet.
+         python benchmarks/run.py scores --only dqn --first-seed 301, torch 2.13.
+         Two runs at a time on two cores of an AMD EPYC.
 
                           steps    mean    worst   threshold reached, seconds to it
          CartPole-v1       640k   500.0    500.0   475 by 10 of 10, median 1.4, slowest 2.3
-         LunarLander-v3 *  1.2M   248.3    222.2   200 by 10 of 10, median 57, slowest 92
-         Acrobot-v1 *      600k   -86.5   -116.2   -100 by 10 of 10, median 47, slowest 53
-         MountainCar-v0 *  300k  -106.2   -120.8   -110 by 8 of 10, 2 of them below it at the end
+         LunarLander-v3    1.2M   238.3    203.3   200 by 10 of 10, median 38, slowest 60
+         Acrobot-v1        600k   -87.2    -93.4   -100 by 10 of 10, median 37, slowest 42
+         MountainCar-v0    300k  -103.8   -110.7   -110 by 7 of 10, median 20, slowest 23; greedily 8 of 10
 
          What replay and the target network do: python benchmarks/run.py dqn. GPU: not measured yet.
 

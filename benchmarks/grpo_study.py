@@ -119,12 +119,12 @@ def only_right(rewards, kind):
     return rewards.nan_to_num()
 
 
-def interval(values: list[float]) -> str:
+def interval(values: list[float], digits: int) -> str:
     """Mean and 95 % interval (Student's t)."""
     from scipy.stats import t
 
     half = t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.nan
-    return f"{np.mean(values):.3f} ± {half:.3f}"
+    return f"{np.mean(values):.{digits}f} ± {half:.{digits}f}"
 
 
 def read(file: str) -> list[dict]:
@@ -207,90 +207,120 @@ def passk(grpo, seeds: list[int], flags: list[str], problems: int = 128, samples
 
 
 def step(grpo) -> None:
-    """Seconds per iteration of 16 x 16 answers on one core, this script's and TRL's; two sizes.
+    """Seconds per iteration of 16 x 16 answers on one core, this script's and TRL's, in alternation.
 
-    Both sample from the same untrained model at temperature 1, so their answers are equally long on average.
+    Both sample from the same model at temperature 1, so their answers are equally long on average, and hardly move it.
+    An untrained model writes 27 tokens and is paid by their number; after the warm start it does the default task.
     """
     import datasets
-    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
+    class Alternate(TrainerCallback):
+        """Times TRL's iterations, and runs and times one of ours after each."""
+
+        def __init__(self, ours):
+            self.ours, self.seconds = ours, []
+
+        def on_step_end(self, *args, **kwargs):
+            ended = time.perf_counter()
+            self.ours()
+            self.seconds.append((ended - self.began, time.perf_counter() - ended))
+            self.began = time.perf_counter()
+
+        def on_train_begin(self, *args, **kwargs):
+            self.began = time.perf_counter()
+
     torch.set_num_threads(1)
-    rows = []
-    for size, hidden, layers, iterations in (("tiny", 96, 2, 20), ("10M", 384, 6, 4)):
+    rows, accelerator = [], Accelerator(cpu=True)
+    for model, hidden, layers, iterations in (
+        ("tiny, untrained", 96, 2, 22),
+        ("tiny, after the warm start", 96, 2, 42),
+        ("10M, untrained", 384, 6, 6),
+    ):
         torch.manual_seed(1)
         tokenizer, small = grpo.new_lm()
-        config = GPT2Config(**(small.config.to_dict() | {"n_embd": hidden, "n_layer": layers}))
-        problems = [grpo.make_problem(np.random.default_rng(i), 2, 6) for i in range(1024)]
+        lm = GPT2LMHeadModel(GPT2Config(**(small.config.to_dict() | {"n_embd": hidden, "n_layer": layers}))).eval()
+        args, verify = grpo.Args(learning_rate=1e-6), grpo.load_reward("cups")
+        warm = "warm" in model
+        if warm:
+            lm = small
+            with contextlib.redirect_stdout(io.StringIO()):
+                grpo.warm_start(args, lm, tokenizer)
+
+        def reward(prompts, completions, answer, **_) -> list[float]:
+            if warm:  # noqa: B023
+                return verify(prompts, completions, answer=answer)  # noqa: B023
+            return [float(len(text) % 7) for text in completions]
+
+        rng = np.random.default_rng(0)
+        problems = [grpo.make_problem(rng, *grpo.TRAIN_SWAPS) for _ in range(1024)]
         with tempfile.TemporaryDirectory() as folder:
-            lm = GPT2LMHeadModel(config).eval()
             grpo.save_pretrained(Path(folder, "lm"), lm, tokenizer)
-            ours = grpo.Args(learning_rate=1e-5)
-            asked, rng = grpo.make_rows(tokenizer, np.random.default_rng(0), 16, 2, 6), np.random.default_rng(0)
-            optimizer = torch.optim.AdamW(lm.parameters(), lr=1e-5)
-            reward = {"cups": lambda prompts, completions, **_: [len(text) % 7 for text in completions]}
-            theirs = GRPOTrainer(
-                model=str(Path(folder, "lm")), processing_class=tokenizer,
-                reward_funcs=lambda prompts, completions, **_: [float(len(text) % 7) for text in completions],
+            optimizer = torch.optim.AdamW(lm.parameters(), lr=args.learning_rate, weight_decay=0.0)
+
+            def ours() -> None:
+                batch = grpo.rollout(args, accelerator, lm, tokenizer, {"cups": reward}, None, 16, rng)  # noqa: B023
+                grpo.update(args, accelerator, lm, None, optimizer, batch, rng)  # noqa: B023
+
+            callback = Alternate(ours)
+            trainer = GRPOTrainer(
+                model=str(Path(folder, "lm")), processing_class=tokenizer, reward_funcs=reward, callbacks=[callback],
                 train_dataset=datasets.Dataset.from_list(problems),
                 args=GRPOConfig(
                     output_dir=folder, per_device_train_batch_size=256, num_generations=16, max_completion_length=40,
-                    max_steps=iterations, learning_rate=1e-5, use_cpu=True, bf16=False, gradient_checkpointing=False,
-                    report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True, beta=0.0,
-                    optim="adamw_torch",
+                    max_steps=iterations, learning_rate=args.learning_rate, use_cpu=True, bf16=False, beta=0.0,
+                    gradient_checkpointing=False, report_to=[], save_strategy="no", logging_strategy="no",
+                    disable_tqdm=True, optim="adamw_torch",
                 ),
             )  # fmt: skip
-            started = time.perf_counter()
-            theirs.train()
-            trl_seconds = (time.perf_counter() - started) / iterations
-            accelerator, started = Accelerator(cpu=True), time.perf_counter()
-            for _ in range(iterations):
-                batch = grpo.rollout(ours, accelerator, lm, tokenizer, reward, None, len(asked), rng)
-                grpo.update(ours, accelerator, lm, None, optimizer, batch, rng)
-            seconds = (time.perf_counter() - started) / iterations
-        parameters = sum(p.numel() for p in lm.parameters())
-        rows.append({"model": size, "parameters": parameters, "grpo.py": seconds, "trl": trl_seconds})
-        print(f"{size}: {seconds:.3f} s, TRL {trl_seconds:.3f} s, {trl_seconds / seconds:.2f} times as long")
+            trainer.train()
+        theirs, mine = np.array(callback.seconds[2:]).T
+        ratio = theirs / mine
+        found = {"grpo.py": np.median(mine), "trl": np.median(theirs), "ratio": np.median(ratio)}
+        found |= {"ratio_low": np.quantile(ratio, 0.1), "ratio_high": np.quantile(ratio, 0.9)}
+        rows.append({"model": model, "parameters": sum(p.numel() for p in lm.parameters()), "steps": len(ratio)})
+        rows[-1] |= {key: float(value) for key, value in found.items()}
+        print(rows[-1], flush=True)
     write("grpo_step.csv", rows)
 
 
 # Figures and tables ----------------------------------------------------------------------------
 
 
-def courses(rows: list[dict], name: str, column: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean over the seeds along a variant's runs: answers sampled, seconds, and a column where it was measured."""
-    here = [row for row in rows if row["variant"] == name and not np.isnan(row[column])]
-    groups = [[row for row in here if row["step"] == step] for step in sorted({row["step"] for row in here})]
-    return tuple(np.array([np.mean([row[key] for row in group]) for group in groups])
-                 for key in ("step", "seconds", column))  # fmt: skip
+def course(rows: list[dict], name: str, column: str, x: str = "step") -> tuple[np.ndarray, np.ndarray]:
+    """Mean over the seeds along a variant's runs, on a grid that all of them cover."""
+    here, curves = [row for row in rows if row["variant"] == name and not np.isnan(row[column])], []
+    for seed in {row["seed"] for row in here}:
+        curves.append(np.array([(row[x], row[column]) for row in here if row["seed"] == seed]).T)
+    grid = np.linspace(max(xs[0] for xs, _ in curves), min(xs[-1] for xs, _ in curves), 100)
+    return grid, np.mean([np.interp(grid, xs, ys) for xs, ys in curves], 0)
 
 
-def draw_comparison(final: list[dict], rows: list[dict]) -> None:
+def draw_comparison(rows: list[dict]) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 9), layout="constrained")
     axes = figure.subplots(2, 2).ravel()
-    there = [name for name in VARIANTS if any(row["variant"] == name for row in final)]
+    there = [name for name in VARIANTS if any(row["variant"] == name for row in rows)]
+    right, lengths, several = axes[:2], axes[2], axes[3]
     for color, name in zip(COLORS, (name for name in there if name in ALGORITHMS), strict=False):
-        steps, seconds, right = courses(rows, name, "eval/pass@1")
-        axes[0].plot(steps, right, color=color, label=name)
-        axes[1].plot(seconds, right, color=color)
-    axes[0].set(xlabel="answers sampled", ylabel="pass@1 on held-out problems")
-    axes[1].set(xlabel="seconds of learning", ylabel="pass@1 on held-out problems")
+        for axis, x in zip(right, ("step", "seconds"), strict=True):
+            axis.plot(*course(rows, name, "eval/pass@1", x), color=color, label=name)
     for color, name in zip(COLORS, (name for name in there if name.startswith("length:") or name == DR_GRPO),
                            strict=False):  # fmt: skip
-        for kind, style in (("right", "-"), ("wrong", "--")):
-            steps, _, length = courses(rows, name, f"objective/length_{kind}")
-            label = name.replace(DR_GRPO, "length: by a constant (Dr. GRPO)") if kind == "right" else None
-            axes[2].plot(steps, length, style, color=color, label=label)
-    axes[2].set(xlabel="answers sampled", ylabel="tokens of right (solid) and wrong answers")
+        label = name.replace(DR_GRPO, "length: by a constant (Dr. GRPO)")
+        lengths.plot(*course(rows, name, "objective/length_right"), color=color, label=label)
+        lengths.plot(*course(rows, name, "objective/length_wrong"), "--", color=color)
     for color, name in zip(COLORS, (name for name in there if "updates" in name or name == DEFAULT), strict=False):
-        steps, _, entropy = courses(rows, name, "losses/entropy")
-        axes[3].plot(steps, entropy, color=color, label=name)
-    axes[3].set(xlabel="answers sampled", ylabel="entropy, nats a token")
+        several.plot(*course(rows, name, "losses/entropy"), color=color, label=name)
+    right[0].set(xlabel="answers sampled", ylabel="pass@1 on held-out problems", ylim=(0.8, 1))
+    right[1].set(xlabel="seconds of learning", ylim=(0.8, 1))
+    lengths.set(xlabel="answers sampled", ylabel="tokens of right (solid) and wrong answers")
+    several.set(xlabel="answers sampled", ylabel="entropy, nats a token")
     for axis in axes:
         axis.grid(alpha=0.25)
-        if axis is not axes[1]:
+        if axis is not right[1]:
             axis.legend(fontsize="small", frameon=False)
     figure.savefig(FIGURES / "grpo_compare.png", dpi=100)
 
@@ -321,19 +351,19 @@ def publish() -> None:
     FIGURES.mkdir(exist_ok=True)
     page, final, passes, steps = PAGE.read_text(encoding="utf-8"), *map(read, FILES)
     if final:
-        draw_comparison(final, read("grpo_course.csv"))
-        keys = {
-            "pass@1": "pass@1",
-            "greedy": "greedy",
-            "objective/length_right": "tokens of right answers",
-            "objective/length_wrong": "of wrong ones",
-            "losses/entropy": "entropy",
-            "seconds": "seconds of learning",
-        }
+        draw_comparison(read("grpo_course.csv"))
+        keys = {"pass@1": ("pass@1", 3), "greedy": ("greedy", 3), "objective/length_right": ("tokens, right", 1),
+                "objective/length_wrong": ("tokens, wrong", 1), "losses/entropy": ("entropy", 3),
+                "seconds": ("seconds of learning", 0)}  # fmt: skip
         groups = {name: [row for row in final if row["variant"] == name] for name in VARIANTS}
-        cells = [[name, str(len(rows)), *(interval([row[key] for row in rows]) for key in keys)]
-                 for name, rows in groups.items() if rows]  # fmt: skip
-        page = replace_between(page, "results:grpo_compare", table(["variant", "seeds", *keys.values()], cells), "")
+        cells = [
+            [name, str(len(rows)), *(interval([row[key] for row in rows], keys[key][1]) for key in keys)]
+            for name, rows in groups.items()
+            if rows
+        ]
+        page = replace_between(
+            page, "results:grpo_compare", table(["variant", "seeds", *(title for title, _ in keys.values())], cells), ""
+        )
     if passes:
         draw_pass_at_k(passes)
         cells = []
@@ -343,9 +373,10 @@ def publish() -> None:
             cells.append([f"{kind}, {WHEN[when]}", str(len(here)), *means])
         page = replace_between(page, "results:grpo_passk", table(["problems", "seeds", *map(str, KS)], cells), "")
     if steps:
-        cells = [[row["model"], f"{row['parameters']:,.0f}", f"{row['trl']:.2f}", f"{row['grpo.py']:.2f}",
-                  f"{row['trl'] / row['grpo.py']:.2f}"] for row in steps]  # fmt: skip
-        header = ["model", "parameters", "TRL, s an iteration", "grpo.py", "TRL / plainrl"]
+        cells = [[row["model"], f"{row['parameters']:,.0f}", f"{row['steps']:.0f}", f"{row['trl']:.2f}",
+                  f"{row['grpo.py']:.2f}", f"{row['ratio']:.2f} [{row['ratio_low']:.2f}, {row['ratio_high']:.2f}]"]
+                 for row in steps]  # fmt: skip
+        header = ["model", "parameters", "iterations", "TRL, s", "grpo.py, s", "TRL / plainrl, median [10 %, 90 %]"]
         page = replace_between(page, "results:grpo_step", table(header, cells), "")
     write_whole(PAGE, page.encode())
 
