@@ -30,7 +30,7 @@ Run      python algos/dqn.py
 
 Expect   Greedy return over 100 episodes at the end of training, ten seeds which nothing was tuned on:
          python benchmarks/run.py scores --only dqn --first-seed 301, torch 2.13.
-         Two runs at a time on two cores of an AMD EPYC.
+         Two runs at a time on two cores of an Intel Xeon.
 
                           steps    mean    worst   threshold reached, seconds to it
          CartPole-v1       640k   500.0    500.0   475 by 10 of 10, median 1.4, slowest 2.3

@@ -26,7 +26,7 @@ Run      python algos/ppo.py
 
 Expect   Greedy return over 100 episodes at the end of training, ten seeds which nothing was tuned on:
          python benchmarks/run.py scores --only algos/ppo.py --first-seed 301, torch 2.13.
-         Two runs at a time on two cores of an AMD EPYC.
+         Two runs at a time on two cores of an Intel Xeon.
 
                                    steps    mean    worst   threshold reached, seconds to it
          CartPole-v1                250k   500.0    500.0   475 by 20 of 20 (to seed 320), median 0.8, slowest 1.2

@@ -43,7 +43,8 @@ Expect   Seeds 301 to 305, one core of an AMD EPYC while the other was at work: 
          included, and 94 to 107 s from Enter to the prompt. On held-out problems, median (and range over seeds):
          greedy answers right 1.00 (.93 to 1.00), before .03; pass@1 .98 (.92 to .99), before .34; pass@16 1.00 (.94
          to 1.00), before 1.00, so nothing was gained there; length 16 tokens, before 4. Problems with more swaps
-         than any trained on: pass@1 .02 (.02 to .05), before .01, a miss.
+         than any trained on: pass@1 .02 (.02 to .05), before .01, a miss. The variants side by side, pass@k to 256 and
+         an iteration beside TRL's: benchmarks.md, "GRPO and its kin".
          SmolLM2-135M-Instruct with --lora-rank 8 --threads 2 on sums, two cores: 12 s an iteration of 4 × 8 answers
          of at most 48 tokens, 3.3 GB. GPU: not measured yet.
 
