@@ -31,7 +31,7 @@ Expect   Greedy return over 100 episodes at the end of training, ten seeds which
          Two runs at a time on two cores of an Intel Xeon.
 
                           steps    mean    worst   threshold reached, seconds to it
-         CartPole-v1       302k   500.0    500.0   475 by 10 of 10, median 1.1, slowest 2.4
+         CartPole-v1       302k   500.0    500.0   475 by 10 of 10, median 0.9, slowest 1.8
          LunarLander-v3    1.5M   235.8    206.3   200 by 10 of 10, median 19, slowest 41
          Acrobot-v1        300k   -85.0    -89.1   -100 by 10 of 10, median 1.9, slowest 2.2
          Pendulum-v1         1M  -148.9   -151.0   (has none) -200 by 10 of 10, median 12.8, slowest 14.3
