@@ -30,7 +30,7 @@ Expect   Greedy return over 100 episodes at the end of training, ten seeds which
 
                                    steps    mean    worst   threshold reached, seconds to it
          CartPole-v1                250k   499.8    495.9   475 by 20 of 20 (to seed 320), median 0.9, slowest 1.1
-         LunarLander-v3             600k   264.5    250.5   200 by 10 of 10, median 23.2, slowest 34.9
+         LunarLander-v3             600k   272.4    263.4   200 by 10 of 10, median 21.9, slowest 37.5
          LunarLanderContinuous-v3   600k   239.9    162.4   200 by 8 of 10, median 40, slowest 58; greedily 9 of 10
          Acrobot-v1                 150k   -83.0    -88.8   -100 by 10 of 10, median 2.9, slowest 3.3
          Pendulum-v1                300k  -154.4   -164.4   (has none) -200 by 10 of 10, median 4.8, slowest 8.8

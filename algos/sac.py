@@ -28,12 +28,12 @@ Run      python algos/sac.py
          python algos/sac.py --eval runs/<folder> --capture-video
 
 Expect   Greedy return over 100 episodes at the end of training, ten seeds which nothing was tuned on:
-         python benchmarks/run.py scores --only algos/sac.py --first-seed 301, torch 2.13, one core of an AMD EPYC,
-         beside other work on the other core.
+         python benchmarks/run.py scores --only algos/sac.py --first-seed 301, torch 2.13, one core of an Intel
+         Xeon, beside other work on the other core.
 
                                      steps    mean    worst   threshold reached, seconds to it
-         Pendulum-v1                   30k  -142.3   -144.0   (has none) the training mean crossed -200 by 9 of 10
-                                                              after 28,800 steps, median 9.5, slowest 10.5
+         Pendulum-v1                   30k  -142.4   -144.5   (has none) -200 by 10 of 10 after 28,800 steps,
+                                                              median 9.3, slowest 9.6
          The default run takes 12 s from Enter to the prompt.
 
          LunarLanderContinuous-v3 and MountainCarContinuous-v0 are not measured on fresh seeds yet; while they were
