@@ -293,6 +293,8 @@ def course(rows: list[dict], name: str, column: str, x: str = "step") -> tuple[n
     here, curves = [row for row in rows if row["variant"] == name and not np.isnan(row[column])], []
     for seed in {row["seed"] for row in here}:
         curves.append(np.array([(row[x], row[column]) for row in here if row["seed"] == seed]).T)
+    if not curves:  # no answer was ever wrong, say
+        return np.array([]), np.array([])
     grid = np.linspace(max(xs[0] for xs, _ in curves), min(xs[-1] for xs, _ in curves), 100)
     return grid, np.mean([np.interp(grid, xs, ys) for xs, ys in curves], 0)
 
