@@ -48,6 +48,12 @@ Expect   Seeds 301 to 305, one core of an AMD EPYC while the other was at work: 
          SmolLM2-135M-Instruct with --lora-rank 8 --threads 2 on sums, two cores: 12 s an iteration of 4 × 8 answers
          of at most 48 tokens, 3.3 GB. GPU: not measured yet.
 
+         Memory, at most                                                           on the CPU, float32
+           the default run                                                         0.5 GB
+           494M weights (the shape of Qwen2.5-0.5B, random), --lora-rank 16,
+             8 answers of 64 tokens to 110, all through the model at once          10.0 GB
+           the same with --gradient-checkpointing                                  6.7 GB
+
 Folder   besides the usual: start/ (the warm-started model) and policy/, which from_pretrained loads, and samples.md.
          Steps are answers sampled. summary.json has greedy (share of right greedy answers), pass@1 and pass@16 (of
          samples at temperature 1) and length on held-out problems, harder_* on problems with more swaps than any
