@@ -1,11 +1,13 @@
-"""What rlhf/grpo.py's header and issue claim, measured: the variants at equal samples, pass@k, and a step beside TRL.
+"""GRPO measured: its variants at equal samples, pass@k before and after, and an iteration beside TRL's.
 
-    python benchmarks/grpo_study.py compare --seeds 301 302 303 304 305     (about a minute a variant and seed)
-    python benchmarks/grpo_study.py passk --seeds 301 302 303 304 305
-    python benchmarks/grpo_study.py step
+    python benchmarks/grpo_study.py compare          18 variants, seeds 301 to 305, about a minute a run
+    python benchmarks/grpo_study.py passk            about three minutes a seed
+    python benchmarks/grpo_study.py step             four minutes
+    python benchmarks/grpo_study.py draw             figures and tables from what is there
 
-Raw numbers go to benchmarks/results/grpo_*.csv, the figures to benchmarks/figures/grpo_*.png. Each seed's warm start
-is made once and shared by the variants, so they start from the same weights and sample the same problems.
+compare and passk go on where they stopped. Raw numbers go to benchmarks/results/grpo_*.csv, the figures to
+benchmarks/figures/grpo_*.png. Each seed's warm start is made once and shared by the variants, so they start from the
+same weights and sample the same problems.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from conftest import ROOT, tiny
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import grpo_study as study
 
-TINY = [*tiny("rlhf/grpo.py"), *["--total-episodes", "160", "--eval-every", "5"]]  # ten rows, two evaluations
+TINY = [*tiny("rlhf/grpo.py"), "--total-episodes", "160", "--eval-every", "5"]  # ten rows, two evaluations
 
 
 @pytest.fixture
