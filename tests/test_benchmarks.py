@@ -165,6 +165,14 @@ def test_lost_threshold_is_counted(home):
     assert row[6:8] == ["2/3, 1 lost", "2.00 (3.00)"]
 
 
+def test_only_long_tables_lie_below_a_fold():
+    for rows, folded in ((12, False), (13, True)):
+        lines = ["| a |", "| --- |", *["| 1 |"] * rows]
+        found = run.fold(lines, "A table")
+        assert ("<details><summary>A table, 13 rows</summary>" in found) == folded
+        assert [line for line in found if line.startswith("|")] == lines
+
+
 def test_pendulum_counts_as_solved_at_a_mark(home):
     """It has no threshold of its own, and its runs know of none."""
     pendulum = dataclasses.replace(GOOD, env="Pendulum-v1")
