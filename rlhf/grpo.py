@@ -49,7 +49,7 @@ Expect   Seeds 301 to 305, one core of an AMD EPYC while the other was at work: 
          of at most 48 tokens, 3.3 GB. GPU: not measured yet.
 
          Memory, at most                                                           on the CPU, float32
-           the default run                                                         0.5 GB
+           the default run (seed 301)                                              0.7 GB
            494M weights (the shape of Qwen2.5-0.5B, random), --lora-rank 16,
              8 answers of 64 tokens to 110, all through the model at once          10.0 GB
            the same with --gradient-checkpointing                                  6.7 GB
