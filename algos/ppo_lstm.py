@@ -822,7 +822,7 @@ class Run:
         figure = Figure(figsize=(16, 3 * math.ceil(len(keys) / 4)), layout="constrained")
         for place, key in enumerate(keys, start=1):
             axis = figure.add_subplot(math.ceil(len(keys) / 4), 4, place, title=key)
-            axis.plot([row["step"] for row in self.rows], np.array([row[key] for row in self.rows], float))
+            axis.plot(*zip(*((row["step"], row[key]) for row in self.rows if row[key] is not None), strict=True))
             if key == "charts/episodic_return" and self.threshold is not None:
                 axis.axhline(self.threshold, color="tab:red", linestyle="--")
             axis.locator_params(nbins=5)

@@ -53,8 +53,7 @@ def reward_threshold(env: str | None) -> float | None:
 def first_reached(metrics: dict[str, np.ndarray], threshold: float) -> dict[str, float]:
     """Step and seconds at the first row whose mean of the last 100 episodes is at least this; empty if none is."""
     rows = np.flatnonzero(metrics["charts/episodic_return"] >= threshold)
-    return {f"solved_{key}": float(metrics[name][rows[0]])
-            for key, name in (("step", "step"), ("seconds", "seconds")) if len(rows)}  # fmt: skip
+    return {f"solved_{key}": float(metrics[key][rows[0]]) for key in ("step", "seconds") if len(rows)}
 
 
 def value_of(record: Record, key: str) -> float | None:

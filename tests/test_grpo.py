@@ -653,3 +653,19 @@ def test_two_processes_equal_one(tiny, dataset, tmp_path):
     assert max((one[name] - start[name]).abs().max() for name in one) > 1e-3
     assert max((one[name] - two[name]).abs().max() for name in one) < 2e-5
     assert rows_of(alone)[0]["objective/reward"] == rows_of(together)[0]["objective/reward"]
+
+
+def test_curves_join_the_points_that_were_measured(tmp_path, monkeypatch):
+    """A metric of every second row is a line all the same."""
+    from matplotlib.axes import Axes
+
+    drawn, plot = {}, Axes.plot
+
+    def note(axis, x, y, **style):
+        drawn[axis.get_title()] = list(zip(x, y, strict=True))
+        return plot(axis, x, y, **style)
+
+    monkeypatch.setattr(Axes, "plot", note)
+    train(tmp_path, TINY)
+    assert [x for x, _ in drawn["eval/pass@1"]] == [32, 64] and len(drawn["objective/reward"]) == 4
+    assert all(math.isfinite(y) for points in drawn.values() for _, y in points)
