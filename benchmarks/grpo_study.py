@@ -336,6 +336,7 @@ def draw_pass_at_k(rows: list[dict]) -> None:
     for place, kind in enumerate(PROBLEMS, start=1):
         axis = figure.add_subplot(1, 2, place, title=f"{kind} problems", xlabel="k", ylabel="pass@k", ylim=(0, 1.02))
         axis.set_xscale("log", base=2)
+        axis.set_xticks(KS[::2], KS[::2])
         for color, (when, label) in zip(COLORS, WHEN.items(), strict=False):
             some = [[r[f"pass@{k}"] for k in KS] for r in rows if r["model"] == when and r["problems"] == kind]
             axis.plot(KS, np.mean(some, 0), label=label, color=color)
