@@ -38,8 +38,8 @@ def linear(start: float) -> Any:
 
 WIDE, WIDER = dict(net_arch=[256, 256]), dict(net_arch=[400, 300])
 TD3_SETTINGS = dict(
-    n_envs=1, learning_rate=1e-3, gamma=0.98, buffer_size=200_000, learning_starts=10_000, train_freq=1,
-    gradient_steps=1, noise_std=0.1, policy_kwargs=WIDER,
+    n_envs=1, learning_rate=1e-3, gamma=0.98, buffer_size=200_000, learning_starts=10_000, train_freq=(1, "episode"),
+    gradient_steps=-1, noise_std=0.1, policy_kwargs=WIDER,
 )  # fmt: skip
 SETTINGS: dict[tuple[str, str], dict[str, Any]] = {
     ("ppo", "CartPole-v1"): dict(
@@ -141,7 +141,7 @@ def main() -> None:
     returns, _ = evaluate_policy(model, eval_env, args.eval_episodes, deterministic=True, return_episode_rewards=True)
     folder = Path(args.run_dir) / f"{args.env}__sb3-{args.algo}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     folder.mkdir(parents=True)
-    plain = {k: v for k, v in settings.items() if type(v) in (int, float, dict)}
+    plain = {k: v for k, v in settings.items() if type(v) in (int, float, tuple, dict)}
     config = {
         "script": f"sb3-{args.algo}", "args": vars(args) | plain,
         "device": "cpu", "python": platform.python_version(), "platform": platform.platform(),

@@ -116,7 +116,7 @@ def sweep(script: str, env: str, flag: str, values: Sequence[object], name: str)
 
 LABELS = {"ppo": "PPO", "dqn": "DQN", "a2c_gae": "A2C + GAE", "reinforce": "REINFORCE", "q_learning": "Q-learning",
           "dynamic_programming": "Dynamic programming", "dqn_atari": "DQN from pixels", "sac": "SAC"}  # fmt: skip
-NOT_IN_SCORES = ("dqn_atari",)  # needs a GPU and hours
+NOT_IN_SCORES = ("dqn_atari", "ppo_lstm", "ppo_masks")  # a GPU and hours; tasks of their own: memory_and_masks.py
 
 PUBLISHED = {
     ("ppo", "CartPole-v1"): "CleanRL 490 ± 6 (500k, 3 seeds, training); SLM-Lab 499 (200k, 4)",
