@@ -52,7 +52,7 @@ RUNS = [
 ]
 # the less the reward model has seen, the wider its score and gold part: comparisons, flags
 COUNTS = {"1,000": '--reward-split "train[:1000]"', "5,000": '--reward-split "train[:5000]"', "20,000": ""}
-LOW_PRICE = "--kl-coef 0.01 --total-episodes 10240"
+LOW_PRICE = "--kl-coef 0.01 --total-episodes 7680"
 COLOR = {"best-of-n": "#1b1b1e"} | dict(zip(dict.fromkeys(run[0] for run in RUNS), COLORS, strict=False))
 MEASURED = ("gold", "reward", "kl", "distinct_2", "length")
 ACCURACIES = ("reward_accuracy", "reward_accuracy_gold")
@@ -135,22 +135,36 @@ def best_of(n: int, scores: np.ndarray, values: np.ndarray) -> float:
     return float((ordered * weights).sum(1).mean())
 
 
-def best_of_n(seed: int, sft_model: Path, reward_model: Path) -> list[dict[str, Any]]:
-    rlhf, cpu = load_script("rlhf/rlhf_ppo.py"), torch.device("cpu")
-    args = rlhf.Args(seed=seed)
-    tokenizer, lm = rlhf.load_lm(str(sft_model))
-    reward, gold = rlhf.load_reward(str(reward_model), -1, cpu), rlhf.load_function(args.gold)
+def drawn(seed: int, sft_model: Path, work: Path) -> dict[str, Any]:
+    """What best-of-n chooses from: 1,024 texts to each of 32 prompts with their gold and length, drawn once a seed."""
+    file = work / f"drawn{seed}.json"
+    if not file.exists():
+        rlhf, began = load_script("rlhf/rlhf_ppo.py"), time.perf_counter()
+        args = rlhf.Args(seed=seed)
+        tokenizer, lm = rlhf.load_lm(str(sft_model))
+        gold, rng = rlhf.load_function(args.gold), np.random.default_rng([seed, 9])
+        found = {"texts": [], "gold": [], "length": []}
+        for row in rlhf.load_rows(args, tokenizer, args.eval_split)[:PROMPTS]:
+            uniforms = rng.random((DRAWS, args.max_completion_length), np.float32)
+            batch, texts = rlhf.write(args, tokenizer, lm, [row] * DRAWS, uniforms)
+            found["texts"].append(texts)
+            found["gold"].append(rlhf.score(gold, [row] * DRAWS, texts).tolist())
+            found["length"].append(batch["mask"].sum(1).tolist())
+        write_whole(file, json.dumps(found | {"seconds": time.perf_counter() - began}).encode())
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def best_of_n(seed: int, sft_model: Path, reward_model: Path, work: Path) -> list[dict[str, Any]]:
+    rlhf = load_script("rlhf/rlhf_ppo.py")
+    args, found = rlhf.Args(seed=seed), drawn(seed, sft_model, work)
+    began = time.perf_counter() - found["seconds"]
+    tokenizer, _ = rlhf.load_lm(str(sft_model))
+    reward = rlhf.load_reward(str(reward_model), -1, torch.device("cpu"))
     rows = rlhf.load_rows(args, tokenizer, args.eval_split)[:PROMPTS]
-    rng, began = np.random.default_rng([seed, 9]), time.perf_counter()
-    scores, golds, lengths = [], [], []
-    for row in rows:
-        uniforms = rng.random((DRAWS, args.max_completion_length), np.float32)
-        batch, texts = rlhf.write(args, tokenizer, lm, [row] * DRAWS, uniforms)
-        scores.append(rlhf.score(reward, [row] * DRAWS, texts).numpy())
-        golds.append(rlhf.score(gold, [row] * DRAWS, texts).numpy())
-        lengths.append(batch["mask"].sum(1).float().numpy())
+    pairs = zip(rows, found["texts"], strict=True)
+    scores = [rlhf.score(reward, [row] * DRAWS, texts).tolist() for row, texts in pairs]
     seconds = time.perf_counter() - began
-    scores, golds, lengths = (np.array(x, float) for x in (scores, golds, lengths))
+    scores, golds, lengths = (np.array(x, float) for x in (scores, found["gold"], found["length"]))
     standard = [(x - x.mean()) / x.std() for x in (golds, scores)]
     return [
         {"point": str(n), "seconds": seconds * n / DRAWS, "kl": math.log(n) - (n - 1) / n,
@@ -175,7 +189,7 @@ def measure(seeds: Sequence[int], only: str, work: Path) -> None:
             count = next((count for count in COUNTS if count in f"{method} {setting}"), "")
             judge = reward_run(seed, count, base, work) if count else base
             if method == "best-of-n":
-                points = best_of_n(seed, base / "sft", judge / "reward_model")
+                points = best_of_n(seed, base / "sft", judge / "reward_model", work)
             elif not flags:
                 points = points_in(base)
             else:
@@ -199,6 +213,11 @@ def curve(rows: list[dict[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]
     points = sorted({row["point"] for row in rows if row["point"] != "end"}, key=int)
     x, y = ([np.mean([row[k] for row in rows if row["point"] == point]) for point in points] for k in ("kl", key))
     return np.sqrt(np.maximum(x, 0)), np.array(y)
+
+
+def accuracies(rows: list[dict[str, Any]], count: str, key: str) -> list[float]:
+    """How well each seed's reward model of so many comparisons orders held-out pairs."""
+    return [row[key] for row in rows if row["method"] == f"PPO, {count} comparisons" and row["point"] == "end"]
 
 
 def draw(rows: list[dict[str, Any]]) -> None:
@@ -225,8 +244,9 @@ def draw(rows: list[dict[str, Any]]) -> None:
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncol=8, frameon=False)
     figure.savefig(FIGURES["frontier"], dpi=110)
 
-    figure = Figure(figsize=(12, 5), layout="constrained")
-    for axis, kind in zip(figure.subplots(1, 2, sharey=True), ("PPO", "best-of-n"), strict=True):
+    figure = Figure(figsize=(15, 5), layout="constrained")
+    ppo, best, accuracy = figure.subplots(1, 3)
+    for axis, kind in ((ppo, "PPO"), (best, "best-of-n")):
         for color, count in zip(COLORS, COUNTS, strict=False):
             names = {
                 "PPO": (f"PPO, {count} comparisons", LOW_PRICE),
@@ -238,6 +258,20 @@ def draw(rows: list[dict[str, Any]]) -> None:
                 axis.plot(*curve(here, "gold"), color=color, label=f"{count} comparisons")
         axis.set(xlabel="√KL from the SFT model", title=f"{kind}: gold (solid), reward model (dashed)")
         axis.grid(alpha=0.25)
+    best.sharey(ppo)
+    for key, label, style in (("reward_accuracy_gold", "as gold orders them", "o-"),
+                              ("reward_accuracy", "as their labels say", "s--")):  # fmt: skip
+        found = {count: accuracies(rows, count, key) for count in COUNTS}
+        sizes = [int(count.replace(",", "")) for count in COUNTS if found[count]]
+        if sizes:
+            accuracy.plot(sizes, [np.mean(x) for x in found.values() if x], style, color=COLORS[4], label=label)
+            for size, values in zip(sizes, (x for x in found.values() if x), strict=True):
+                accuracy.plot([size] * len(values), values, ".", color=COLORS[4], alpha=0.4)
+            accuracy.legend(frameon=False)
+    accuracy.set(xscale="log", xlabel="comparisons", title="reward model: share of held-out pairs ordered")
+    accuracy.set_xticks([1000, 5000, 20000], ["1,000", "5,000", "20,000"], minor=False)
+    accuracy.minorticks_off()
+    accuracy.grid(alpha=0.25)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncol=3, frameon=False)
     figure.savefig(FIGURES["overoptimisation"], dpi=110)
 
@@ -265,8 +299,19 @@ def table(rows: list[dict[str, Any]]) -> str:
             cells = [method, name, str(len(here)), f"{np.mean(gold):.2f} [{min(gold):.2f}, {max(gold):.2f}]"]
             cells += ["" if np.isnan(x) else f"{x:.2f}" for x in means]
             lines.append("| " + " | ".join(cells) + " |")
+    judges = ["| comparisons | " + " | ".join(COUNTS) + " |", "| --- |" + " --- |" * len(COUNTS)]
+    for key, name in (("reward_accuracy_gold", "as gold orders them"), ("reward_accuracy", "as their labels say")):
+        found = [accuracies(rows, count, key) for count in COUNTS]
+        cells = [f"{np.mean(x):.3f} [{min(x):.3f}, {max(x):.3f}]" if x else "" for x in found]
+        judges.append(f"| held-out pairs {name} | " + " | ".join(cells) + " |")
     return "\n".join(
-        [*fold(lines, "All methods"), "", f"Seeds {', '.join(map(str, sorted({row['seed'] for row in rows})))}."]
+        [
+            *fold(lines, "All methods"),
+            "",
+            *judges,
+            "",
+            f"Seeds {', '.join(map(str, sorted({row['seed'] for row in rows})))}.",
+        ]
     )
 
 

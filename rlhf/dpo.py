@@ -585,7 +585,7 @@ def train(args: Args) -> Path:
     tokenizer, lm = load_lm(args.model)
     policy = trainable(args, lm.to(device))
     reference = policy if args.lora_rank else load_lm(args.model)[1].to(device)  # with LoRA: without its adapter
-    optimizer = torch.optim.Adam([p for p in policy.parameters() if p.requires_grad], lr=args.learning_rate)
+    optimizer = adam(policy, args.learning_rate)
     results, pad_id = Values(), tokenizer.pad_token_id
     parts = dict(policy=Trained(policy), optimizer=optimizer, results=results)
     run = Run(args, Path(args.model).name, args.total_episodes, episodes=False, **parts)
@@ -727,6 +727,12 @@ def own_parts(args: Args, accelerator: Accelerator, rows: np.ndarray) -> list[np
     parts = np.array_split(rows, accelerator.num_processes * args.gradient_accumulation)
     first = accelerator.process_index * args.gradient_accumulation
     return [part for part in parts[first : first + args.gradient_accumulation] if len(part)]
+
+
+def adam(net: nn.Module, learning_rate: float) -> torch.optim.Adam:
+    """Adam on the weights that learn, in one kernel where there is one."""
+    weights = [p for p in net.parameters() if p.requires_grad]
+    return torch.optim.Adam(weights, lr=learning_rate, fused=weights[0].device.type != "mps")
 
 
 def take_step(args: Args, accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> Tensor:

@@ -598,7 +598,7 @@ def sft(
     wanted = "chosen_ids" if "chosen_ids" in rows[0] else "completion_ids"
     texts, tests = ([row[wanted] for row in part] for part in (rows, test_rows[: args.eval_episodes]))
     lm = trainable(args, lm)
-    optimizer = torch.optim.Adam([p for p in lm.parameters() if p.requires_grad], lr=args.sft_learning_rate)
+    optimizer = adam(lm, args.sft_learning_rate)
     lengths = [len(ids) for ids, _ in texts]
     batches = batches_by_length(lengths, args.sft_batch_size, args.sft_epochs, args.seed)
     progress = Progress("SFT", max(len(batches), 1))
@@ -637,7 +637,7 @@ def train_reward_model(
     """Stage 2: the SFT model with a scalar head learns which of two texts is preferred (Section 3.4, Stiennon 2020)."""
     tokenizer, net = new_reward_model(args, sft_model, accelerator.device)
     model = RewardModel(net, tokenizer)
-    optimizer = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr=args.reward_learning_rate)
+    optimizer = adam(net, args.reward_learning_rate)
     lengths = [max(len(pair["chosen_ids"][0]), len(pair["rejected_ids"][0])) for pair in pairs]
     batches = batches_by_length(lengths, args.reward_batch_size, args.reward_epochs, args.seed)
     progress = Progress("reward model", len(batches))
@@ -688,7 +688,7 @@ def ppo(
     """Stage 3: the policy writes, the reward model scores, and PPO makes what scored well likelier."""
     device = accelerator.device
     tokenizer, agent, reference = load_agent(args, sft_model, device)
-    optimizer = torch.optim.Adam([p for p in agent.parameters() if p.requires_grad], lr=args.learning_rate)
+    optimizer = adam(agent, args.learning_rate)
     saved_agent.set(Trained(agent))
     saved_optimizer.set(optimizer)
     judges, test_rows = load_judges(args, reward_model, device), test_rows[: args.eval_episodes]
@@ -844,6 +844,12 @@ def own_parts(args: Args, accelerator: Accelerator, rows: np.ndarray) -> list[np
     parts = np.array_split(rows, accelerator.num_processes * args.gradient_accumulation)
     first = accelerator.process_index * args.gradient_accumulation
     return [part for part in parts[first : first + args.gradient_accumulation] if len(part)]
+
+
+def adam(net: nn.Module, learning_rate: float) -> torch.optim.Adam:
+    """Adam on the weights that learn, in one kernel where there is one."""
+    weights = [p for p in net.parameters() if p.requires_grad]
+    return torch.optim.Adam(weights, lr=learning_rate, fused=weights[0].device.type != "mps")
 
 
 def take_step(args: Args, accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> Tensor:

@@ -64,7 +64,7 @@ def home(tmp_path, monkeypatch):
     monkeypatch.setattr(frontier, "run", run)
     monkeypatch.setattr(frontier, "base_of", base_of)
     monkeypatch.setattr(frontier, "points_in", lambda folder: [dict(point) for point in points])
-    monkeypatch.setattr(frontier, "best_of_n", lambda seed, sft, reward: best)
+    monkeypatch.setattr(frontier, "best_of_n", lambda seed, sft, reward, work: best)
     return tmp_path, commands
 
 
@@ -91,6 +91,7 @@ def test_study_goes_on_where_it_stopped_and_draws(home):
     assert page.startswith("# Benchmarks\n\nBefore.\n") and "frontier.png" in page
     assert "| PPO | β 0.03 | 2 | 1.00 [1.00, 1.00] | 1.00 | 4.00 | 0.80 | 12.00 |" in page
     assert "| best-of-n | 20,000 comparisons, n = 64 | 2 | 4.16 [4.16, 4.16] | 4.16 | 3.17 |  | 12.00 |" in page
+    assert "| held-out pairs as gold orders them |" + " 0.770 [0.770, 0.770] |" * 3 in page
     for path in frontier.FIGURES.values():
         assert matplotlib.image.imread(path)[..., :3].reshape(-1, 3).std() > 0.02
 
