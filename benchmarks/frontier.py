@@ -45,7 +45,7 @@ RUNS = [
     *(("PPO", f"β {x:g}", "rlhf_ppo", f"--kl-coef {x:g}") for x in (0.4, 0.03)),
     *(("DPO", f"β {x:g}", "dpo", f"--beta {x:g}") for x in (0.3, 0.1, 0.03)),
     ("IPO", "β 0.1", "dpo", "--loss ipo"),
-    ("KTO", "β 0.1", "dpo", "--loss kto --total-episodes 10240 --batch-size 64"),
+    ("KTO", "β 0.1", "dpo", "--loss kto --total-episodes 15360 --batch-size 64"),
     ("ORPO", "β 0.5", "dpo", "--loss orpo --beta 0.5"),
     ("SimPO", "β 2, γ 0.5", "dpo", "--loss simpo --beta 2"),
     ("SFT on the chosen", "ORPO, β 1e-9", "dpo", "--loss orpo --beta 1e-9"),

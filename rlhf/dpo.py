@@ -112,7 +112,7 @@ class Args:
     model: str = str(DATA / "tiny_lm")  # causal language model to start from, and the reference: hub name or folder
     dataset: str = str(DATA / "preferences")  # prompt, chosen, rejected: a hub name, a folder, a .jsonl or .csv file
     seed: int = 1  # seed of every random number: batches, sampled tokens
-    total_episodes: int = 5_120  # pairs (KTO: texts) to learn from, over all passes
+    total_episodes: int = 7_680  # pairs (KTO: texts) to learn from, over all passes
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where everything runs; auto is a GPU if there is one
     track: bool = False  # send the metrics to Weights & Biases too (WANDB_PROJECT, _ENTITY and _MODE say where)
     run_dir: str = "runs"  # folder in which the run's own folder is made
@@ -134,7 +134,7 @@ class Args:
     simpo_gamma: float = 0.5  # simpo: margin by which the chosen text should win
     desirable_weight: float | None = None  # kto: weight of good texts; None: both labels weigh the same, however rare
     undesirable_weight: float | None = None  # kto: weight of bad texts; None as above
-    sft_coef: float = 0.03  # weight of -log pi a token of the chosen texts, added to the loss (orpo: 1)
+    sft_coef: float = 0.04  # weight of -log pi a token of the chosen texts, added to the loss (orpo: 1)
     batch_size: int = 32  # pairs (KTO: texts) per step
     temperature: float = 1.0  # divides the logits, in sampling and in scoring alike
     learning_rate: float = 5e-4  # Adam's step size at the start; 1e-6 suits pretrained models of 100M and more
