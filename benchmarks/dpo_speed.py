@@ -98,7 +98,7 @@ def measure_dpo(folder: Path, tokenizer: Any, rows: list[dict], steps: int) -> d
     accelerator, pad_id = Accelerator(cpu=True), tokenizer.pad_token_id
     data = dpo.load_preferences(args, rows, seed=0)
     data.ref_logps = dpo.reference_logps(args, accelerator, reference, pad_id, data.texts)
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.learning_rate)
+    optimizer = dpo.adam(model, args.learning_rate)
     table = datasets.Dataset.from_list([{k: r[k] for k in ("prompt", "chosen", "rejected")} for r in rows])
 
     def ours(step: int) -> float:
@@ -121,7 +121,7 @@ def measure_reward(folder: Path, tokenizer: Any, rows: list[dict], steps: int) -
     args, accelerator = rlhf.Args(reward_batch_size=BATCH), Accelerator(cpu=True)
     (_, net), (_, theirs) = (rlhf.new_reward_model(args, str(folder), torch.device("cpu")) for _ in range(2))
     model = rlhf.RewardModel(net, tokenizer)
-    optimizer = torch.optim.Adam(net.parameters(), lr=RATE)
+    optimizer = rlhf.adam(net, RATE)
     names = ("chosen_ids", "rejected_ids")
     table = datasets.Dataset.from_list([{name: row[name][0] for name in names} for row in rows])
 

@@ -44,6 +44,7 @@ RUNS = [
     ("PPO", "β 0.17", "rlhf_ppo", ""),
     *(("PPO", f"β {x:g}", "rlhf_ppo", f"--kl-coef {x:g}") for x in (0.4, 0.03)),
     *(("DPO", f"β {x:g}", "dpo", f"--beta {x:g}") for x in (0.3, 0.1, 0.03)),
+    ("DPO, pushed", "β 0.1, Adam 1e-3, no imitation", "dpo", "--learning-rate 1e-3 --sft-coef 0"),
     ("IPO", "β 0.1", "dpo", "--loss ipo"),
     ("KTO", "β 0.1", "dpo", "--loss kto --total-episodes 15360 --batch-size 64"),
     ("ORPO", "β 0.5", "dpo", "--loss orpo --beta 0.5"),
@@ -241,7 +242,7 @@ def draw(rows: list[dict[str, Any]]) -> None:
         title = {"gold": "gold, deviations of the SFT model's texts"}.get(key, "variety (distinct-2)")
         axis.set(xlabel="√KL from the SFT model, nats a text", title=title)
         axis.grid(alpha=0.25)
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncol=8, frameon=False)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncol=9, frameon=False)
     figure.savefig(FIGURES["frontier"], dpi=110)
 
     figure = Figure(figsize=(15, 5), layout="constrained")

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 import shlex
 import sys
 
@@ -72,7 +73,7 @@ def test_study_goes_on_where_it_stopped_and_draws(home):
     folder, commands = home
     runs = len(frontier.RUNS) - 1 + len(frontier.COUNTS) + 2  # PPO's default is the base; two more reward models
     frontier.measure([301], "dpo", folder)
-    assert commands and all("/sft --loss" in flags or "/sft --beta" in flags for _, flags in commands)
+    assert commands and all(re.search("/sft --(loss|beta|learning-rate) ", flags) for _, flags in commands)
     frontier.measure([301, 302], "", folder)
     assert len(commands) == 2 * runs
     frontier.measure([301, 302], "", folder)
