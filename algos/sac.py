@@ -36,7 +36,8 @@ Expect   Greedy return over 100 episodes at the end of training, ten seeds which
                                                               median 9.3, slowest 9.6
          MountainCarContinuous-v0      50k    94.2     93.9    90 by 10 of 10, median 9.0, slowest 9.3
          LunarLanderContinuous-v3     400k   233.6     26.0   200 by 9 of 10, median 56, slowest 111
-         The default run takes 12 s from Enter to the prompt. The lander's lost seed hovers to the end; its median is 260.
+         The default run takes 12 s from Enter to the prompt. The lander's lost seed hovers to the end; the median of
+         all ten is 260.
 
          Other environments start from the defaults. MuJoCo's need pip install "gymnasium[mujoco]"; no settings were
          tuned for them, nor for BipedalWalker-v3. GPU: not measured yet.
