@@ -29,7 +29,7 @@ Run      python rlhf/rlhf_ppo.py
          python rlhf/rlhf_ppo.py --eval runs/<folder>
 
 Expect   Seeds 301 to 305, one core of an Intel Xeon while the other was at work: 238 to 284 s of training, all three
-         stages, less than 5 minutes from Enter to the prompt, about 1.2 GB. Medians on 384 held-out prompts (and the
+         stages, and about 1.2 GB (of shorter runs at the same batch sizes). Medians on 384 held-out prompts (and the
          range over seeds): gold_gain 1.30 (1.02 to 1.36) at a KL of 4.4 nats (3.4 to 5.1); texts 16% shorter (21% to
          14%); distinct-2 0.90 before and 0.74 (0.69 to 0.78) after, where 0.75 was aimed at. The reward model orders
          0.77 (0.75 to 0.78) of the held-out pairs as gold does, and 0.71 (0.70 to 0.72) as their labels say, of which
