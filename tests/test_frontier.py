@@ -25,6 +25,19 @@ def test_best_of_n_by_enumeration():
         assert frontier.best_of(n, scores, values) == pytest.approx(np.mean(chosen))
 
 
+def test_best_of_n_draws_once_a_seed(tmp_path, monkeypatch):
+    """Chosen by gold itself, gold and the reward model's score are one, and rise with n."""
+    monkeypatch.setattr(frontier, "PROMPTS", 1)
+    data, script = ROOT / "rlhf" / "data", frontier.load_script("rlhf/rlhf_ppo.py")
+    given = (1, data / "tiny_lm", data / "gold" / "gold.py:score", tmp_path)
+    first = frontier.best_of_n(*given)
+    golds = [point["gold"] for point in first]
+    assert golds == pytest.approx([point["reward"] for point in first], abs=1e-5)
+    assert golds == sorted(golds) and golds[0] == pytest.approx(0, abs=1e-6) and golds[-1] > 2
+    monkeypatch.setattr(script, "write", None)  # the texts are there
+    assert [point["gold"] for point in frontier.best_of_n(*given)] == golds
+
+
 def test_points_of_a_run(tmp_path):
     keys = ["gold", "reward", "kl", "distinct_2", "length"]
     rows = [["step", "seconds", *(f"eval/{key}" for key in keys)], [64, 1.0, *[""] * 5], [128, 2.0, 3, 0.5, 4, 0.8, 11]]
