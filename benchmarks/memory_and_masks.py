@@ -32,7 +32,7 @@ import numpy as np
 from run import HOME, PAGE, ROOT, cpu_name, fold, load_script, replace_between, write_whole
 
 RESULTS = HOME / "results" / "memory_and_masks.csv"
-FIELDS = ["task", "line", "command", "seed", "steps", "train_seconds", "solved_step", "solved_seconds", "eval"]
+FIELDS = ["task", "line", "command", "seed", "steps", "train_seconds", "solved_step", "solved_seconds", "eval", "cpu"]
 MASKED, PLAIN, MEMORY = "algos/ppo_masks.py", "algos/ppo.py", "algos/ppo_lstm.py"
 SMALL = "--total-timesteps {} --num-envs 16 --num-steps 64 --num-minibatches 4 --learning-rate 5e-3 --hidden 32"
 
@@ -200,7 +200,7 @@ def measure_all(only: str, seeds: range, contrib: str | None) -> None:
                 if (command.startswith("peer") and not contrib) or (done and done[0]["command"] == command):
                     continue
                 summary = measure(command, seed, contrib or "")
-                row = {"task": task, "line": line, "command": command, "seed": str(seed)}
+                row = {"task": task, "line": line, "command": command, "seed": str(seed), "cpu": cpu_name()}
                 row |= {key: summary.get(key) for key in ("steps", "solved_step")} | {
                     "eval": summary["eval_return_mean"]
                 }
@@ -233,7 +233,7 @@ def table(rows: list[dict[str, str]]) -> str:
             cells = [task, line, f"{numbers[0]}–{numbers[-1]}", budget, count, steps, seconds]
             lines.append([*cells, f"{np.mean(scores):.1f}", f"{min(scores):.1f}", train])
     lines = fold(["| " + " | ".join(cells) + " |" for cells in lines], "All tasks")
-    return "\n".join([*lines, "", f"One core of {cpu_name()}."])
+    return "\n".join([*lines, "", f"One core of {' or '.join(sorted({row['cpu'] for row in rows}))}."])
 
 
 def publish() -> None:

@@ -1,6 +1,6 @@
 """Trains Stable-Baselines3 with the RL Zoo's settings and leaves the same run folder as our scripts.
 
-    python benchmarks/peers.py --algo ppo --env CartPole-v1 --seed 101
+    python benchmarks/peers.py --algo ppo --env CartPole-v1 --seed 301
 
 What is measured is defined as everywhere in this repository: seconds count from the first environment
 step to the last update, without imports; the threshold is reached when the last 100 finished training

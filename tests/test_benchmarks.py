@@ -54,18 +54,18 @@ def test_study_end_to_end(home, capsys):
     assert len(results) == 12  # two whole files for each run, a miss included, and nothing half-written
 
     # What the record says is what the page says.
-    record, problem = run.read_back(STUDY, GOOD, 101)
-    assert record["command"] == f"python algos/ppo.py --env CartPole-v1 --seed 101 {TINY}" and not problem
+    record, problem = run.read_back(STUDY, GOOD, 301)
+    assert record["command"] == f"python algos/ppo.py --env CartPole-v1 --seed 301 {TINY}" and not problem
     assert record["summary"]["steps"] >= 4000 and record["metrics"]["step"][-1] == record["summary"]["steps"]
     assert str(home) not in json.dumps({k: v for k, v in record.items() if k != "metrics"})
-    scores = [run.read_back(STUDY, GOOD, seed)[0]["summary"]["eval_return_mean"] for seed in (101, 102, 103)]
+    scores = [run.read_back(STUDY, GOOD, seed)[0]["summary"]["eval_return_mean"] for seed in (301, 302, 303)]
     page = (home / "benchmarks.md").read_text()
     row = next(line for line in page.splitlines() if line.startswith("| good"))
     assert "| 3/3 |" in row and "| 0/3 |" in row
     assert f"| {run.number(np.mean(scores))} [" in row
     assert f"| {run.number(min(scores))} / {run.number(max(scores))} |" in row
     assert "| 0/3 |" in next(line for line in page.splitlines() if line.startswith("| bad"))
-    assert page.count("**Miss**: bad (CartPole-v1), seed 10") == 3
+    assert page.count("**Miss**: bad (CartPole-v1), seed 30") == 3
 
     # Prose stays as it is, the old table is gone, the figure is a picture.
     before, after = page.split("<!-- results:small -->")[0], page.split("<!-- /results:small -->")[1]
@@ -84,11 +84,11 @@ def test_study_end_to_end(home, capsys):
     capsys.readouterr()
     run.main(["small", "--seeds", "3"])
     printed = capsys.readouterr().out
-    assert "good-cartpole-v1 seed 101 its two files do not belong together: run again" in printed
-    assert "good-cartpole-v1 seed 102 its two files do not belong together: run again" in printed
-    assert "good-cartpole-v1 seed 103 is damaged (JSONDecodeError): run again" in printed
+    assert "good-cartpole-v1 seed 301 its two files do not belong together: run again" in printed
+    assert "good-cartpole-v1 seed 302 its two files do not belong together: run again" in printed
+    assert "good-cartpole-v1 seed 303 is damaged (JSONDecodeError): run again" in printed
     assert "3 runs to do, 3 are there" in printed
-    again = [run.read_back(STUDY, GOOD, seed)[0]["summary"]["eval_return_mean"] for seed in (101, 102, 103)]
+    again = [run.read_back(STUDY, GOOD, seed)[0]["summary"]["eval_return_mean"] for seed in (301, 302, 303)]
     assert again == scores
 
 
@@ -106,25 +106,25 @@ def write_result(study, variant, seed, metrics="step,a/b\n1,2\n3,4\n", **summary
 
 
 def test_what_counts_as_done(home):
-    csv_file, json_file = write_result(STUDY, GOOD, 101, eval_return_mean=1.0)
-    assert run.read_back(STUDY, GOOD, 101)[0]["metrics"]["a/b"].tolist() == [2, 4]
-    assert run.read_back(STUDY, GOOD, 102) == (None, "")
+    csv_file, json_file = write_result(STUDY, GOOD, 301, eval_return_mean=1.0)
+    assert run.read_back(STUDY, GOOD, 301)[0]["metrics"]["a/b"].tolist() == [2, 4]
+    assert run.read_back(STUDY, GOOD, 302) == (None, "")
     other = Variant(GOOD.label, GOOD.script, GOOD.env, GOOD.flags + " --gamma 0.9")
-    assert run.read_back(STUDY, other, 101) == (None, "was run with other flags")
+    assert run.read_back(STUDY, other, 301) == (None, "was run with other flags")
     whole = json.loads(json_file.read_text())
-    settings = {"env": "CartPole-v1", "seed": 101, "gamma": 0.98, "total_timesteps": 4000}  # as the preset has it
+    settings = {"env": "CartPole-v1", "seed": 301, "gamma": 0.98, "total_timesteps": 4000}  # as the preset has it
     for gamma, problem in ((0.98, ""), (0.5, "was run with other settings: gamma")):
         json_file.write_text(json.dumps(whole | {"settings": settings | {"gamma": gamma}}))
-        assert run.read_back(STUDY, GOOD, 101)[1] == problem
+        assert run.read_back(STUDY, GOOD, 301)[1] == problem
     pixels = Variant("pixels", "algos/dqn_atari.py", "ALE/Pong-v5", "--bf16")
-    record = {"command": run.command_of(pixels, 101), "settings": {"env": "ALE/Pong-v5", "bf16": True}}
+    record = {"command": run.command_of(pixels, 301), "settings": {"env": "ALE/Pong-v5", "bf16": True}}
     assert run.changed_settings(pixels, record) == []  # what was typed may differ from the preset
     csv_file.unlink()
-    assert run.read_back(STUDY, GOOD, 101) == (None, "is half finished")
+    assert run.read_back(STUDY, GOOD, 301) == (None, "is half finished")
     csv_file.write_bytes(b"not gzip")
     broken = json.loads(json_file.read_text()) | {"metrics_sha256": run.hashlib.sha256(b"not gzip").hexdigest()}
     json_file.write_text(json.dumps(broken))
-    assert run.read_back(STUDY, GOOD, 101)[1] == "is damaged (BadGzipFile)"
+    assert run.read_back(STUDY, GOOD, 301)[1] == "is damaged (BadGzipFile)"
 
 
 def test_a_result_is_out_of_date_once_its_script_computes_something_else(home, tmp_path, monkeypatch, capsys):
@@ -134,8 +134,8 @@ def test_a_result_is_out_of_date_once_its_script_computes_something_else(home, t
     monkeypatch.setattr(run, "ROOT", tmp_path)
     monkeypatch.setattr(run, "STUDIES", {"small": STUDY})
     script.write_text(ours)
-    write_result(STUDY, GOOD, 101, eval_return_mean=500.0, solved_step=10, solved_seconds=1.0, sps=1000)
-    file = run.files_of(STUDY, GOOD, 101)[1]
+    write_result(STUDY, GOOD, 301, eval_return_mean=500.0, solved_step=10, solved_seconds=1.0, sps=1000)
+    file = run.files_of(STUDY, GOOD, 301)[1]
     file.write_text(json.dumps(json.loads(file.read_text()) | {"code_sha256": run.code_digest(script)}))
 
     def listed() -> str:
@@ -158,7 +158,7 @@ def test_seeds_are_named_with_their_variant():
 
 
 def test_lost_threshold_is_counted(home):
-    for seed, (score, solved) in enumerate([(500.0, 1.0), (400.0, 3.0), (490.0, None)], start=101):
+    for seed, (score, solved) in enumerate([(500.0, 1.0), (400.0, 3.0), (490.0, None)], start=301):
         write_result(STUDY, GOOD, seed, eval_return_mean=score, solved_step=solved and 10, solved_seconds=solved,
                      steps=1000, sps=10)  # fmt: skip
     row = run.table_row(STUDY, GOOD, run.collect(STUDY)[GOOD])
@@ -177,9 +177,9 @@ def test_pendulum_counts_as_solved_at_a_mark(home):
     """It has no threshold of its own, and its runs know of none."""
     pendulum = dataclasses.replace(GOOD, env="Pendulum-v1")
     rows = "step,seconds,charts/episodic_return\n100,1,\n200,2,-900\n300,3,-199\n400,4,-150\n"
-    for seed, metrics in ((101, rows), (102, rows.replace("-199", "-201").replace("-150", "-202"))):
+    for seed, metrics in ((301, rows), (302, rows.replace("-199", "-201").replace("-150", "-202"))):
         write_result(STUDY, pendulum, seed, metrics, eval_return_mean=-150.0, solved_step=None, steps=400, sps=10)
-    records = [run.read_back(STUDY, pendulum, seed)[0] for seed in (101, 102)]
+    records = [run.read_back(STUDY, pendulum, seed)[0] for seed in (301, 302)]
     assert [record["summary"].get("solved_step") for record in records] == [300, None]
     assert run.table_row(STUDY, pendulum, records)[6:8] == ["1/2", "3.00 (3.00)"]
 
@@ -207,7 +207,7 @@ def test_interquartile_mean_and_what_it_is_taken_over(home):
     assert figure.interquartile_mean(np.tile([0.0, 1.0], (5, 1)))[1:] == (0.5, 0.5)
 
     study = Study("two", "", "", [Group("", [GOOD])], random={"CartPole-v1": 25.0})
-    for seed, score in ((101, 475.0), (102, 250.0)):
+    for seed, score in ((301, 475.0), (302, 250.0)):
         write_result(study, GOOD, seed, eval_return_mean=score)
     assert run.aggregate_lines(study, run.collect(study))[2:] == ["- good: 0.750 [0.500, 1.000]"]
     alone = Study("two", "", "", [Group("", [GOOD])], random={"CartPole-v1": 25.0, "Acrobot-v1": -500.0})
@@ -246,11 +246,11 @@ def test_a_picture_of_the_first_seed_is_kept(home, monkeypatch):
 
 
 def test_a_group_without_the_curve_gets_no_panel(home):
-    write_result(STUDY, GOOD, 101)
+    write_result(STUDY, GOOD, 301)
     picture = home / "none.png"
     figure.draw(STUDY, run.collect(STUDY), picture)
     assert not picture.exists()  # the only group has no charts/episodic_return
-    write_result(STUDY, GOOD, 101, metrics="step,charts/episodic_return\n1,2\n3,4\n")
+    write_result(STUDY, GOOD, 301, metrics="step,charts/episodic_return\n1,2\n3,4\n")
     figure.draw(STUDY, run.collect(STUDY), picture)
     assert picture.exists()
 
@@ -279,7 +279,7 @@ def test_a_pair_that_is_compared_shares_its_colour(home, monkeypatch):
     panel = Panel("charts/episodic_return", "return", x="seconds")
     study = Study("pairs", "", "", [Group("", [GOOD, BAD, third], [panel])], ratios=[(GOOD, BAD)])
     for variant in (GOOD, BAD, third):
-        write_result(study, variant, 101, metrics="seconds,charts/episodic_return\n1,2\n30,4\n")
+        write_result(study, variant, 301, metrics="seconds,charts/episodic_return\n1,2\n30,4\n")
     monkeypatch.setattr("matplotlib.pyplot.close", lambda _: None)
     figure.draw(study, run.collect(study), home / "pairs.png")
     (axis,) = matplotlib.pyplot.gcf().axes
@@ -300,7 +300,7 @@ def test_every_study_is_declared_completely():
         assert name == study.name and re.fullmatch(r"[a-z0-9_]+", name)
         for variant in study.variants:
             assert (ROOT / variant.script).is_file(), f"{name}: {variant.script} is missing"
-            assert all(files.parent.name == (variant.home or name) for files in run.files_of(study, variant, 101))
+            assert all(files.parent.name == (variant.home or name) for files in run.files_of(study, variant, 301))
     envs = {variant.env for variant in studies.SCORES.variants if variant.script == "algos/ppo.py"}
     assert {"CartPole-v1", "LunarLander-v3"} <= envs
 
