@@ -1,4 +1,4 @@
-"""The first table and figure of benchmarks.md, and the course's milestones, from the studies' results.
+"""The first table and figure of benchmarks.md, from the studies' results.
 
     python benchmarks/overview.py          runs nothing; rewrites the page between its markers
 
