@@ -100,8 +100,8 @@ class Study:
 
 
 RETURN = Panel("charts/episodic_return", "mean return of the last 100 training episodes")
-PPO, DQN, A2C, REINFORCE, Q, SAC = (
-    f"algos/{name}.py" for name in ("ppo", "dqn", "a2c_gae", "reinforce", "q_learning", "sac")
+PPO, DQN, A2C, REINFORCE, Q, SAC, TD3 = (
+    f"algos/{name}.py" for name in ("ppo", "dqn", "a2c_gae", "reinforce", "q_learning", "sac", "td3")
 )
 
 
@@ -116,7 +116,8 @@ def sweep(script: str, env: str, flag: str, values: Sequence[object], name: str)
 # tabular 3 to 25, the rest 20 to 40; ten seeds of everything: about two hours of one core.
 
 LABELS = {"ppo": "PPO", "dqn": "DQN", "a2c_gae": "A2C + GAE", "reinforce": "REINFORCE", "q_learning": "Q-learning",
-          "dynamic_programming": "Dynamic programming", "dqn_atari": "DQN from pixels", "sac": "SAC"}  # fmt: skip
+          "dynamic_programming": "Dynamic programming", "dqn_atari": "DQN from pixels", "sac": "SAC",
+          "td3": "TD3"}  # fmt: skip
 NOT_IN_SCORES = ("dqn_atari", "ppo_lstm", "ppo_masks")  # a GPU and hours; tasks of their own: memory_and_masks.py
 
 PUBLISHED = {
@@ -132,6 +133,7 @@ PUBLISHED = {
     ("a2c_gae", "Acrobot-v1"): "SLM-Lab −84 (4)",
     ("sac", "Pendulum-v1"): "RL Zoo −157 (20k, 1 run)",
     ("sac", "LunarLanderContinuous-v3"): "RL Zoo, v2, 260 (500k, 1 run)",
+    ("td3", "Pendulum-v1"): "RL Zoo −152 (20k, 1 run)",
     ("reinforce", "CartPole-v1"): "SLM-Lab 483 (200k, 4)",
     ("q_learning", "FrozenLake-v1"): "best possible policy .744 (exact)",
     ("q_learning", "FrozenLake8x8-v1"): "best possible policy .913 (exact)",
@@ -311,13 +313,14 @@ PPO_LANDER = Study(
 )  # fmt: skip
 
 # SAC -------------------------------------------------------------------------------------------
-# About 10 s a run (one gradient step per step: 50), 9 variants: 25 minutes of one core at ten seeds.
+# About 10 s a run (one gradient step per step: 50), 14 variants: 40 minutes of one core at ten seeds.
 
 PENDULUM, LANDER_CONTINUOUS = "Pendulum-v1", "LunarLanderContinuous-v3"
 SAC_PRESET = Variant("preset", SAC, PENDULUM)
 SAC_STUDY = Study(
-    "sac", "SAC: what each part does",
-    "What do the second critic, the target critics and the learnt temperature do, and how much do more updates help?",
+    "sac", "SAC and TD3: what each part does",
+    "What do the second critic, the target critics and the learnt temperature do, how much do more updates help, and "
+    "what are TD3's three remedies worth?",
     [
         Group("Without its parts", [
             SAC_PRESET,
@@ -330,6 +333,13 @@ SAC_STUDY = Study(
         Group("Steps per gradient step",
               [Variant(f"{steps} steps", SAC, PENDULUM, f"--train-frequency {steps}") for steps in (1, 4, 16)],
               [RETURN, Panel("charts/episodic_return", "the same against seconds", x="seconds")], ordered=True),
+        Group("TD3 without its remedies", [
+            Variant("TD3", TD3, PENDULUM, home="scores"),
+            Variant("TD3, single critic", TD3, PENDULUM, "--num-critics 1"),
+            Variant("TD3, no delay", TD3, PENDULUM, "--policy-frequency 1"),
+            Variant("TD3, no smoothing", TD3, PENDULUM, "--policy-noise 0"),
+            Variant("DDPG: none of the three", TD3, PENDULUM, "--num-critics 1 --policy-frequency 1 --policy-noise 0"),
+        ], [RETURN, Panel("losses/q_values", "mean predicted value", linear_to=1000)]),
     ],
     columns=[("Q at first states, predicted", "predicted_return"), ("obtained", "obtained_return")],
 )  # fmt: skip

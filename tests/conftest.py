@@ -19,6 +19,7 @@ TINY = {
     "algos/dqn_atari.py": "--total-timesteps 400 --eval-episodes 1 --frame-skip 30 --num-envs 2 --buffer-size 2000"
     " --learning-starts 100 --train-frequency 32 --batch-size 8",
     "algos/sac.py": "--total-timesteps 1000 --eval-episodes 2 --learning-starts 200 --batch-size 32 --hidden 16",
+    "algos/td3.py": "--total-timesteps 1000 --eval-episodes 2 --learning-starts 200 --batch-size 32 --hidden 16",
     "rlhf/dpo.py": "--train-split train[:300] --eval-split test[:40] --total-episodes 128 --eval-episodes 16"
     " --eval-every 4 --batch-size 16 --max-completion-length 16",
     "rlhf/grpo.py": "--warmup-steps 2 --total-episodes 64 --num-prompts 4 --group-size 4 --eval-episodes 4"

@@ -24,8 +24,9 @@ from conftest import DEFAULT_TINY, ROOT, SCRIPTS, TINY, each_script, load_script
 # Flags for a run that goes on until it is stopped.
 DEFAULT_ENDLESS = "--total-timesteps 100000000"
 ENDLESS = {
-    "algos/dqn.py": "--total-timesteps 2000000",  # it reports every 200th of a run, as do the next two
+    "algos/dqn.py": "--total-timesteps 2000000",  # it reports every 200th of a run, as do the next three
     "algos/sac.py": "--total-timesteps 100000",
+    "algos/td3.py": "--total-timesteps 100000",
     "algos/dqn_atari.py": "--total-timesteps 20000",
     "algos/dynamic_programming.py": "--env FrozenLake-v1 --map-size 32 --gamma 0.99999 --tolerance 1e-300"
     " --total-timesteps 1000000",
