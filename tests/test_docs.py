@@ -42,9 +42,9 @@ FOREIGN = set(
 COMMANDS = set(
     re.findall(
         r"\\\w+",
-        r"""\alpha \beta \gamma \delta \epsilon \varepsilon \theta \bar \lambda \mu \omega \phi \pi \rho \sigma \tau \nabla
-        \ell \mathbb \mathcal \mathrm \text \hat \log \max \min \arg \sum \frac \tfrac \infty \sim \mid \succ \Vert
-        \lvert \rvert \ge \le \ne \approx \propto \leftarrow \dots \quad \qquad \begin \end \big \Big \tanh""",
+        r"""\alpha \beta \gamma \delta \epsilon \varepsilon \theta \bar \lambda \mu \omega \phi \pi \rho \sigma \tau
+        \nabla \ell \mathbb \mathcal \mathrm \text \hat \log \max \min \arg \sum \frac \tfrac \infty \sim \mid \succ
+        \Vert \lvert \rvert \ge \le \ne \approx \propto \leftarrow \dots \quad \qquad \begin \end \big \Big \tanh""",
     )
 )
 
