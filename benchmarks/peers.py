@@ -41,6 +41,7 @@ TD3_SETTINGS = dict(
     n_envs=1, learning_rate=1e-3, gamma=0.98, buffer_size=200_000, learning_starts=10_000, train_freq=(1, "episode"),
     gradient_steps=-1, noise_std=0.1, policy_kwargs=WIDER,
 )  # fmt: skip
+MUJOCO = ("HalfCheetah-v5", "Hopper-v5", "Walker2d-v5", "Ant-v5")
 SETTINGS: dict[tuple[str, str], dict[str, Any]] = {
     ("ppo", "CartPole-v1"): dict(
         total_timesteps=100_000, n_envs=8, n_steps=32, batch_size=256, n_epochs=20, gae_lambda=0.8, gamma=0.98,
@@ -69,6 +70,7 @@ SETTINGS: dict[tuple[str, str], dict[str, Any]] = {
         total_timesteps=500_000, n_envs=1, learning_rate=linear(7.3e-4), tau=0.01, learning_starts=10_000,
         policy_kwargs=WIDER,
     ),
+    **{("sac", env): dict(total_timesteps=1_000_000, n_envs=1, learning_starts=10_000) for env in MUJOCO},
     ("td3", "Pendulum-v1"): TD3_SETTINGS | dict(total_timesteps=20_000),
     ("td3", "LunarLanderContinuous-v3"): TD3_SETTINGS | dict(total_timesteps=300_000),
 }  # fmt: skip
