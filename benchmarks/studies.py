@@ -401,6 +401,31 @@ AGAINST_OTHERS = Study(
     ratios=PAIRS, peers=True, columns=[("stopped by the cap", "capped")],
 )  # fmt: skip
 
+# MuJoCo ----------------------------------------------------------------------------------------
+# Needs pip install "gymnasium[mujoco]". SAC's 200,000 steps take 15 minutes a run, PPO's million 5 to 12,
+# Stable-Baselines3's SAC about an hour.
+
+ROBOTS = ("HalfCheetah-v5", "Hopper-v5", "Walker2d-v5", "Ant-v5")
+PUBLISHED_ROBOTS = {
+    (PPO, "HalfCheetah-v5"): "CleanRL, v4, 1,443 ± 46 (1M, 3 seeds, training)",
+    (PPO, "Hopper-v5"): "CleanRL, v4, 2,383 ± 272 (1M, 3, training)",
+    (PPO, "Walker2d-v5"): "CleanRL, v4, 2,288 ± 572 (1M, 3, training)",
+    (SAC, "HalfCheetah-v5"): "CleanRL, v4, 9,635 ± 1,423 (1M, 3, training)",
+    (SAC, "Hopper-v5"): "CleanRL, v4, 2,310 ± 343 (1M, 3, training)",
+    (SAC, "Walker2d-v5"): "CleanRL, v4, 3,591 ± 912 (1M, 3, training)",
+    (SAC, "Ant-v5"): "RL Zoo, v3, 4,616 (1M, 1 run)",
+}
+MUJOCO = Study(
+    "mujoco", "MuJoCo: SAC and PPO",
+    "What do SAC and PPO reach on four robots, at equal steps and in equal seconds?",
+    [Group(robot, [
+        Variant("SAC", SAC, robot, "--total-timesteps 200000", published=PUBLISHED_ROBOTS.get((SAC, robot), "")),
+        Variant("PPO", PPO, robot, published=PUBLISHED_ROBOTS.get((PPO, robot), "")),
+        peer("sac", robot, "--total-timesteps 200000"),
+    ]) for robot in ROBOTS],
+    [RETURN, Panel("charts/episodic_return", "the same against seconds", x="seconds")], peers=True, limit=7200,
+)  # fmt: skip
+
 # Scaling ---------------------------------------------------------------------------------------
 # Always 200k steps; about 6 s a run (1 environment: 30), 16 variants; three seeds are enough: 6 minutes.
 
@@ -427,4 +452,4 @@ SCALING = Study(
 )  # fmt: skip
 
 STUDIES = {study.name: study for study in (SCORES, Q_LEARNING, DQN_STUDY, POLICY_GRADIENT, PPO_STUDY, PPO_LANDER,
-                                           SAC_STUDY, PONG, CATCH, AGAINST_OTHERS, SCALING)}  # fmt: skip
+                                           SAC_STUDY, MUJOCO, PONG, CATCH, AGAINST_OTHERS, SCALING)}  # fmt: skip
