@@ -121,7 +121,7 @@ class Args:
 PRESETS: dict[str, dict[str, Any]] = {
     "Pendulum-v1": dict(
         total_timesteps=30_000, learning_starts=1000, train_frequency=8, batch_size=128, learning_rate=5e-3,
-        gamma=0.97, tau=0.02, reward_scale=0.1, hidden=64,
+        gamma=0.97, tau=0.04, reward_scale=0.1, hidden=64,
     ),
 }  # fmt: skip
 
