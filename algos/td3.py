@@ -27,7 +27,16 @@ Run      python algos/td3.py
          python algos/td3.py --eval runs/<folder> --capture-video
          diff algos/sac.py algos/td3.py                                 (what an entropy is worth, in lines)
 
-Expect   EXPECT
+Expect   Greedy return over 100 episodes at the end of training, ten seeds which nothing was tuned on:
+         python benchmarks/run.py scores --only algos/td3.py --first-seed 311, torch 2.13, one core of an Intel
+         Xeon, beside other work on the other core.
+
+                        steps    mean    worst   threshold reached, seconds to it
+         Pendulum-v1      30k  -145.2   -149.8   (has none) -200 by 9 of 10 after 28,800 steps, median 6.0, slowest 6.1
+         DDPG             30k  -258.6  -1275.6   the second command above: one seed of ten learns nothing
+
+         No settings were tuned for other environments. On MountainCarContinuous-v0 seven runs with noise held for some
+         steps, of up to eight times this deviation, reached the flag three times. GPU: not measured yet.
 
 Deviations from the paper
  1. Several environments are stepped in parallel, and there are fewer gradient steps than environment steps
