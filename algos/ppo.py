@@ -37,6 +37,7 @@ Expect   Greedy return over 100 episodes at the end of training, ten seeds which
          MountainCar-v0             500k  -109.1   -119.1   -110 by 8 of 10, 2 of them just below it at the end
 
          The default run takes 5 s from Enter to the prompt. GPU: not measured yet.
+         HalfCheetah-v5, Hopper-v5, Walker2d-v5, Ant-v5 (pip install "gymnasium[mujoco]"): not measured yet.
 
 Deviations from the paper
  1. Endings. An episode that ends by its rules (terminated) is worth nothing afterwards; one cut by a
