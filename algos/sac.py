@@ -41,7 +41,7 @@ Expect   Greedy return over 100 episodes at the end of training, ten seeds which
          all ten is 260.
 
          BipedalWalker-v3 (500k, 12 minutes): 281 on one tuning seed, threshold 300; not measured on fresh ones yet.
-         Two critics, whose lesser value is too low, still crept after 200,000 steps.
+         Four settings with two critics still crept after 150,000 steps and more.
          Other environments start from the defaults. MuJoCo's need pip install "gymnasium[mujoco]"; no settings were
          tuned for them. GPU: not measured yet.
 
