@@ -147,10 +147,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         reward_scale=0.1,
     ),
 }  # fmt: skip
-for robot in ("HalfCheetah-v5", "Hopper-v5", "Walker2d-v5", "Ant-v5"):  # they need pip install "gymnasium[mujoco]"
-    PRESETS[robot] = dict(
-        num_envs=16, num_steps=128, num_minibatches=16, update_epochs=10, norm_obs=True, norm_reward=True
-    )
+PRESETS |= {  # they need pip install "gymnasium[mujoco]"
+    robot: dict(num_envs=16, num_steps=128, num_minibatches=16, update_epochs=10, norm_obs=True, norm_reward=True)
+    for robot in ("HalfCheetah-v5", "Hopper-v5", "Walker2d-v5", "Ant-v5")
+}
 
 
 # 2. Environment ---------------------------------------------------------------------------------

@@ -412,7 +412,7 @@ def train(args: Args) -> Path:
             actor_optimizer.param_groups[0]["lr"] = critic_optimizer.param_groups[0]["lr"] = lr
 
             # Play one step of every environment.
-            scale = args.exploration_noise if step >= args.learning_starts else 1
+            scale = args.exploration_noise if step >= args.learning_starts else 1  # a resumed run has a policy
             actions = actor.act(obs, scale * rng.standard_normal((N, action_dim)))
             obs, rewards, terminated, truncated, _ = envs.step(to_env(space, actions))
             valid = ~ended  # the row after an episode's end only resets

@@ -97,6 +97,44 @@ class UnsupportedActions(Probe):
     action_space = gym.spaces.MultiBinary(3)
 
 
+class Aim(gym.Env):
+    """Reward -|a - aim|^2 with a the place of the action between its bounds, from -1 to 1; three steps."""
+
+    observation_space = gym.spaces.Box(-1, 1, (2,), np.float32)
+    low, high = np.float32([-1, -1]), np.float32([1, 1])
+
+    def __init__(self):
+        self.action_space = gym.spaces.Box(self.low, self.high)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t = 0
+        return self.look(), {}
+
+    def look(self):
+        self.aim = self.np_random.uniform(-0.8, 0.8, 2).astype(np.float32)
+        return self.aim
+
+    def step(self, action):
+        assert self.action_space.contains(action)
+        self.t += 1
+        place = (action - self.low) / (self.high - self.low) * 2 - 1
+        reward = -float(((place - self.aim) ** 2).sum())
+        return self.look(), reward, self.t == 3, False, {}
+
+
+class AimFar(Aim):
+    low, high = np.float32([-0.25, 0]), np.float32([0.25, 64])
+
+
 for kind in (Constant, Sign, Delayed, ActionDependent, Continuous, Marked, UnsupportedActions):
     gym.register(f"Probe{kind.__name__}-v0", entry_point=kind)
 gym.register("ProbeTruncated-v0", entry_point=Truncated, max_episode_steps=1)
+gym.register("Aim-v0", entry_point=Aim)
+gym.register("AimFar-v0", entry_point=AimFar)
+
+# The same with a Box action that does not matter.
+for probe in (Constant, Sign, Delayed, Truncated, Marked):
+    limit = 1 if probe is Truncated else None
+    kind = type(f"Box{probe.__name__}", (probe,), {"action_space": gym.spaces.Box(-2, 2, (1,), np.float32)})
+    gym.register(f"Box{probe.__name__}-v0", entry_point=kind, max_episode_steps=limit)

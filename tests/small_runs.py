@@ -96,3 +96,25 @@ def interrupt_at_report(script, monkeypatch, count, run):
         patch.setattr(script.Run, "report", stop)
         with pytest.raises(SystemExit):
             run()
+
+
+def check_refused(script, flags, message, capsys, folder):
+    """The script's command line with these flags ends with one line of error."""
+    argv = ["--run-dir", str(folder), *flags.split()]
+    check_one_line_of_error(lambda: script.train(script.parse_args(argv)), message, capsys, folder)
+
+
+def count_calls(script, patch, *names):
+    """How often the script calls these functions of its own from now on, by name; a dict that fills."""
+    counts = dict.fromkeys(names, 0)
+
+    def counted(name, function):
+        def call(*args):
+            counts[name] += 1
+            return function(*args)
+
+        return call
+
+    for name in names:
+        patch.setattr(script, name, counted(name, getattr(script, name)))
+    return counts

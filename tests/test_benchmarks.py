@@ -306,9 +306,13 @@ def test_every_study_is_declared_completely():
 
 
 def test_the_page_says_what_the_results_say():
+    import memory_and_masks
     import overview
 
     page = (ROOT / "benchmarks.md").read_text()
     assert overview.overview_table() in page
     for study in studies.STUDIES.values():
         assert run.table(study, run.collect(study)) in page, f"python benchmarks/run.py {study.name} --draw-only"
+    rows = memory_and_masks.read()
+    assert memory_and_masks.table(rows) in page
+    assert memory_and_masks.table([row | {"cpu": "another machine"} for row in rows]).endswith("of another machine.")

@@ -769,5 +769,17 @@ def test_capture_video_leaves_a_film(trained, tmp_path):
     assert frame.ndim == 3 and frame.std() > 1
 
 
+def test_the_command_line_counts_denormal_numbers_as_zero(tmp_path):
+    """The text is the same in every script; where gradients die out such numbers cost most of a run's time."""
+    argv = ["ppo.py", *tiny("algos/ppo.py"), "--run-dir", str(tmp_path)]
+    code = (
+        f"import runpy, sys, torch; sys.argv = {argv!r};"
+        f"runpy.run_path({str(ROOT / 'algos/ppo.py')!r}, run_name='__main__');"
+        "assert (torch.tensor([1e-20]) * 1e-20).item() == 0"
+    )
+    process = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr[-2000:]
+
+
 def test_tiny_budgets_name_scripts_that_exist():
     assert DEFAULT_TINY and set(TINY) | set(ENDLESS) <= set(SCRIPTS)

@@ -38,43 +38,6 @@ def trained(tmp_path, env, **changes):
         return actor, critics, list(csv.DictReader(file))
 
 
-# Probes with a Box action that does not matter, and Continuous, where it does.
-for probe in (probes.Constant, probes.Sign, probes.Delayed, probes.Truncated, probes.Marked):
-    limit = 1 if probe is probes.Truncated else None
-    kind = type(f"Box{probe.__name__}", (probe,), {"action_space": gym.spaces.Box(-2, 2, (1,), np.float32)})
-    gym.register(f"Box{probe.__name__}-v0", entry_point=kind, max_episode_steps=limit)
-
-
-class Aim(gym.Env):
-    """Reward -|a - aim|^2 with a the place of the action between its bounds, from -1 to 1; three steps."""
-
-    observation_space = gym.spaces.Box(-1, 1, (2,), np.float32)
-    low, high = np.float32([-1, -1]), np.float32([1, 1])
-
-    def __init__(self):
-        self.action_space = gym.spaces.Box(self.low, self.high)
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.t = 0
-        return self.look(), {}
-
-    def look(self):
-        self.aim = self.np_random.uniform(-0.8, 0.8, 2).astype(np.float32)
-        return self.aim
-
-    def step(self, action):
-        assert self.action_space.contains(action)
-        self.t += 1
-        place = (action - self.low) / (self.high - self.low) * 2 - 1
-        reward = -float(((place - self.aim) ** 2).sum())
-        return self.look(), reward, self.t == 3, False, {}
-
-
-class AimFar(Aim):
-    low, high = np.float32([-0.25, 0]), np.float32([0.25, 64])
-
-
 class TwoStates(gym.Env):
     """Action a in [-1, 1] leads to state 1 with probability (1 + a) / 2; reward s - 2 (a - center_s)^2."""
 
@@ -108,8 +71,6 @@ class Ticks(probes.Probe):
 
 
 gym.register("Ticks-v0", entry_point=Ticks, max_episode_steps=3)
-gym.register("Aim-v0", entry_point=Aim)
-gym.register("AimFar-v0", entry_point=AimFar)
 gym.register("TwoStates-v0", entry_point=TwoStates, max_episode_steps=10)
 UNBOUNDED = gym.spaces.Box(np.float32([-1, 0]), np.float32([1, np.inf]))
 gym.register("Unbounded-v0", entry_point=type("Unbounded", (probes.Constant,), {"action_space": UNBOUNDED}))
@@ -391,21 +352,10 @@ def test_noise_repeats_as_often_as_told(tmp_path, taken, repeat):
 
 
 def test_one_gradient_step_for_every_train_frequency_steps(tmp_path, monkeypatch):
-    counts, originals = {}, {name: getattr(sac, name) for name in ("critic_loss", "update_target", "actor_loss")}
-
-    def spy(name):
-        counts[name] = 0
-
-        def counted(*args):
-            counts[name] += 1
-            return originals[name](*args)
-
-        return counted
-
     for frequency, delay in ((0.5, 1), (4, 1), (8, 2), (50, 3)):
-        for name in originals:
-            monkeypatch.setattr(sac, name, spy(name))
-        trained(tmp_path, "BoxDelayed-v0", total_timesteps=1000, train_frequency=frequency, policy_frequency=delay)
+        with monkeypatch.context() as patch:
+            counts = small_runs.count_calls(sac, patch, "critic_loss", "update_target", "actor_loss")
+            trained(tmp_path, "BoxDelayed-v0", total_timesteps=1000, train_frequency=frequency, policy_frequency=delay)
         assert counts["critic_loss"] == pytest.approx(800 / frequency, abs=max(3, 8 / frequency))
         assert counts["update_target"] == counts["critic_loss"]  # the target follows at every gradient step
         assert counts["actor_loss"] == pytest.approx(counts["critic_loss"] / delay, abs=1)
@@ -502,8 +452,7 @@ def test_the_prediction_is_compared_with_what_was_obtained(tmp_path):
     ],
 )
 def test_bad_settings_end_with_one_line(flags, message, tmp_path, capsys):
-    argv = ["--run-dir", str(tmp_path), *flags.split()]
-    small_runs.check_one_line_of_error(lambda: sac.train(sac.parse_args(argv)), message, capsys, tmp_path)
+    small_runs.check_refused(sac, flags, message, capsys, tmp_path)
 
 
 def test_missing_mujoco_gets_one_line(tmp_path):
@@ -527,6 +476,4 @@ def test_arrays_of_integers_are_played(tmp_path):
 
 def test_learns_pendulum(tmp_path):
     """A random player gets -1,200, and half of the preset's budget is about enough to swing it up."""
-    argv = ["--total-timesteps", "20000", "--eval-episodes", "20", "--run-dir", str(tmp_path)]
-    folder = sac.train(sac.parse_args(argv))
-    assert json.loads((folder / "summary.json").read_text(encoding="utf-8"))["eval_return_mean"] > -250
+    assert small_runs.preset_summary(sac, tmp_path, "--total-timesteps", "20000")["eval_return_mean"] > -250

@@ -1,11 +1,9 @@
 """TD3: what differs from SAC, by hand and by watching it; what does not differ is the same text."""
 
-import json
-
 import numpy as np
+import probes  # noqa: F401 - registers its environments
 import pytest
 import small_runs
-import test_sac  # noqa: F401 - registers its environments
 import torch
 from conftest import load_script
 from test_house import definitions
@@ -116,24 +114,20 @@ def test_noise_is_wide_at_first_then_as_told_and_of_each_environments_own(tmp_pa
 
 
 def test_actor_and_targets_move_at_every_policy_frequency_th_step(tmp_path, monkeypatch):
-    counts, originals = {}, {name: getattr(td3, name) for name in ("critic_loss", "update_target", "actor_loss")}
-
-    def spy(name):
-        counts[name] = 0
-
-        def counted(*args):
-            counts[name] += 1
-            return originals[name](*args)
-
-        return counted
-
     for frequency, delay in ((4, 1), (8, 2), (20, 3)):
-        for name in originals:
-            monkeypatch.setattr(td3, name, spy(name))
-        trained(tmp_path, "BoxDelayed-v0", total_timesteps=1000, train_frequency=frequency, policy_frequency=delay)
+        with monkeypatch.context() as patch:
+            counts = small_runs.count_calls(td3, patch, "critic_loss", "update_target", "actor_loss")
+            trained(tmp_path, "BoxDelayed-v0", total_timesteps=1000, train_frequency=frequency, policy_frequency=delay)
         assert counts["critic_loss"] == pytest.approx(800 / frequency, abs=3)
         assert counts["actor_loss"] == pytest.approx(counts["critic_loss"] / delay, abs=1)
         assert counts["update_target"] == 2 * counts["actor_loss"]  # the critics' and the actor's
+
+
+def test_slow_target_critics_teach_hardly_anything(tmp_path):
+    """Where every step goes on for ever, Q is what a step gives plus what the targets say of the next: still 0 here."""
+    nets = trained(tmp_path, "BoxTruncated-v0", tau=1e-6)
+    q, target = (nets[name].values(np.zeros((1, 1)), np.zeros((1, 1)))[0] for name in ("critics", "target_critics"))
+    assert abs(target) < 0.5 and q == pytest.approx(1 + 0.9 * target, abs=0.1)
 
 
 def test_the_target_values_the_target_actors_smoothed_action(tmp_path, monkeypatch):
@@ -194,12 +188,9 @@ def test_after_resuming_the_trained_actor_plays_with_its_usual_noise(tmp_path, m
     ],
 )
 def test_bad_settings_end_with_one_line(flags, message, tmp_path, capsys):
-    argv = ["--run-dir", str(tmp_path), *flags.split()]
-    small_runs.check_one_line_of_error(lambda: td3.train(td3.parse_args(argv)), message, capsys, tmp_path)
+    small_runs.check_refused(td3, flags, message, capsys, tmp_path)
 
 
 def test_learns_pendulum(tmp_path):
     """A random player gets -1,200."""
-    argv = ["--total-timesteps", "20000", "--eval-episodes", "20", "--run-dir", str(tmp_path)]
-    folder = td3.train(td3.parse_args(argv))
-    assert json.loads((folder / "summary.json").read_text(encoding="utf-8"))["eval_return_mean"] > -250
+    assert small_runs.preset_summary(td3, tmp_path, "--total-timesteps", "20000")["eval_return_mean"] > -250
