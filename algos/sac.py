@@ -155,6 +155,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         repeat_noise=0.95, reward_scale=0.1, hidden=64,
     ),
 }  # fmt: skip
+PRESETS |= {  # they need pip install "gymnasium[mujoco]"
+    robot: dict(total_timesteps=200_000, train_frequency=2, batch_size=128)
+    for robot in ("HalfCheetah-v5", "Hopper-v5", "Walker2d-v5", "Ant-v5")
+}
 
 
 # 2. Environment ---------------------------------------------------------------------------------

@@ -372,9 +372,9 @@ CATCH = Study(
 # Against others --------------------------------------------------------------------------------
 # Run with --workers 1, so that nothing else runs beside a measured run, for example:
 #   python benchmarks/run.py against_others --only cartpole --workers 1 --peers-python sb3/bin/python
-# Stable-Baselines3 needs, a run: CartPole PPO 45 s, A2C 70 s, DQN 80 s; LunarLander PPO 800 s, A2C 200 s, DQN 500 s.
-# The cap of 900 s of training is for slower machines; the table says where it fell. CartPole at three seeds: 12
-# minutes; LunarLander at three: 90 minutes.
+# Stable-Baselines3 needs, a run: CartPole PPO 30 s, A2C 60 s, DQN 70 s; LunarLander PPO 620 s, A2C 150 s, DQN 370 s.
+# The cap of 900 s of training is for slower machines; the table says where it fell. CartPole at three seeds: 9
+# minutes; LunarLander at three: 66 minutes.
 
 PEERS = "benchmarks/peers.py"
 
