@@ -37,7 +37,8 @@ Expect   Greedy return over 100 episodes at the end of training, ten seeds which
          MountainCar-v0             500k  -109.1   -119.1   -110 by 8 of 10, 2 of them just below it at the end
 
          The default run takes 5 s from Enter to the prompt. GPU: not measured yet.
-         HalfCheetah-v5, Hopper-v5, Walker2d-v5, Ant-v5 (pip install "gymnasium[mujoco]"): not measured yet.
+         MuJoCo (pip install "gymnasium[mujoco]"), 1M steps, 4 to 8 minutes, tuning seed 1 only: HalfCheetah-v5 3,524,
+         Hopper-v5 3,211, Walker2d-v5 5,080, Ant-v5 1,398.
 
 Deviations from the paper
  1. Endings. An episode that ends by its rules (terminated) is worth nothing afterwards; one cut by a
@@ -148,9 +149,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
 }  # fmt: skip
 PRESETS |= {  # they need pip install "gymnasium[mujoco]"
-    robot: dict(num_envs=16, num_steps=128, num_minibatches=16, update_epochs=10, norm_obs=True, norm_reward=True)
+    robot: dict(
+        num_envs=16, num_steps=128, num_minibatches=16, update_epochs=10, learning_rate=3e-4, norm_obs=True,
+        norm_reward=True,
+    )
     for robot in ("HalfCheetah-v5", "Hopper-v5", "Walker2d-v5", "Ant-v5")
-}
+}  # fmt: skip
 
 
 # 2. Environment ---------------------------------------------------------------------------------
