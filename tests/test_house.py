@@ -781,5 +781,14 @@ def test_the_command_line_counts_denormal_numbers_as_zero(tmp_path):
     assert process.returncode == 0, process.stderr[-2000:]
 
 
+def test_every_preset_is_made_of_the_scripts_flags():
+    """MuJoCo's environments, which the tests do without, included."""
+    robots = {"algos/ppo.py", "algos/sac.py"}
+    for script in (load_script(path) for path in SCRIPTS):
+        for preset in getattr(script, "PRESETS", {}).values():
+            script.Args(**preset)
+    assert all("HalfCheetah-v5" in load_script(path).PRESETS for path in robots)
+
+
 def test_tiny_budgets_name_scripts_that_exist():
     assert DEFAULT_TINY and set(TINY) | set(ENDLESS) <= set(SCRIPTS)
