@@ -42,9 +42,9 @@ Expect   Greedy return over 100 episodes at the end of training, ten seeds which
 
          BipedalWalker-v3 (500k, 12 minutes): 281 on one tuning seed, threshold 300; not measured on fresh ones yet.
          Four settings with two critics still crept after 150,000 steps and more.
-         MuJoCo (pip install "gymnasium[mujoco]"), 200k steps, 8 to 13 minutes, python benchmarks/run.py mujoco
-         --only algos/sac.py, seeds 301, 302: HalfCheetah-v5 5,287, 6,056 (and 6,905), Hopper-v5 2,703, 580,
-         Walker2d-v5 1,392, 2,729, Ant-v5 1,225, 727; a third seed and Stable-Baselines3 beside them are to follow.
+         MuJoCo (pip install "gymnasium[mujoco]"), 200k steps, 8 to 14 minutes, python benchmarks/run.py mujoco
+         --only algos/sac.py --seeds 3, mean (worst): HalfCheetah-v5 6,083 (5,287), Hopper-v5 1,213 (355; two of three
+         seeds leap and fall), Walker2d-v5 1,882 (1,392), Ant-v5 921 (727). Stable-Baselines3 is to follow.
          Other environments start from the defaults.
          GPU: not measured yet.
 
