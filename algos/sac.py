@@ -37,8 +37,8 @@ Expect   Greedy return over 100 episodes at the end of training, ten seeds which
                                                               steps, median 9.3, slowest 10.2
          MountainCarContinuous-v0      50k    94.2     93.9    90 by 10 of 10, median 9.0, slowest 9.3
          LunarLanderContinuous-v3     400k   233.6     26.0   200 by 9 of 10, median 56, slowest 111
-         The default run takes 12 to 16 s from Enter to the prompt. The lander's lost seed hovers to the end; the median of
-         all ten is 260.
+         The default run takes 12 to 16 s from Enter to the prompt. The lander's lost seed hovers to the end; the
+         median of all ten is 260.
 
          BipedalWalker-v3 (500k, 12 minutes): 281 on one tuning seed, threshold 300; not measured on fresh ones yet.
          Four settings with two critics still crept after 150,000 steps and more.

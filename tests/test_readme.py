@@ -7,6 +7,7 @@ import shlex
 import shutil
 import sys
 
+import gymnasium as gym
 import pytest
 from conftest import ROOT, SCRIPTS, each_script, parse_flags, run_script, tiny
 from packaging.requirements import Requirement
@@ -52,6 +53,9 @@ def test_documented_command_runs(command, trained, tmp_path, monkeypatch):
     (tmp_path / "my_reward.py").write_text("def score(texts):\n    return [float(len(text)) for text in texts]\n")
     flags = [flag.replace("my_reward.py", str(tmp_path / "my_reward.py")) for flag in flags]
     args = parse_flags(script, *flags)
+    spec = gym.registry.get(getattr(args, "env", None))
+    if spec and "mujoco" in str(spec.entry_point):
+        pytest.importorskip("mujoco", reason="an optional requirement")
     for name in ("model", "dataset"):
         if getattr(args, name, None) not in (None, "new") and not os.path.exists(getattr(args, name)):
             return
