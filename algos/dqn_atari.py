@@ -36,14 +36,12 @@ Expect   Catch at 84 x 84 (tests/catch_env.py), 200 greedy episodes after 32,000
          the same, --frame-stack 1 .01 to .16: one frame does not show which way the ball flies
          GPU: not measured yet.
 
-         The rest with the version before this one (commit 58a5420), and not again yet.
-         Steps a second of ALE/Pong-v5, medians on an AMD EPYC with nothing else running, torch 2.13,
-         with a gradient step on 32 transitions every 4 steps (--train-frequency 4; the preset's 8 does
-         with half as many): 81 on one core, 107 on two (--threads 2); with --bf16, which this processor
-         computes itself, 136 on one and no more on two. (Taken before deviation 5 was added. The run below made 193.)
-         Pong: one run of the preset, seed 101, with --bf16: 300,000 steps in 26 minutes on one core beside other
-         work. The last 100 games ended at -12.4 on average, and rising; ten greedy games after training at -6.8
-         (a random player has -20.7, perfect is 21). No claim beyond it (benchmarks.md has the curve).
+         Pong: one run of the preset, seed 301, with --bf16: 300,000 steps in 25 minutes on the same core (200 a
+         second). The last 100 games ended at -14.2 on average, and rising; ten greedy games after training at
+         -6.1 (a random player has -20.7, perfect is 21). No claim beyond it (benchmarks.md has the curve).
+         With a gradient step on 32 transitions every 4 steps (--train-frequency 4; the preset's 8 does with half
+         as many) it makes 86 steps a second, with --bf16, which this processor computes itself, 124 (medians
+         over a minute, beside other work).
 
 Deviations from the papers
  1. Sticky actions: the machine repeats the last action with probability 0.25 per frame (Machado et

@@ -345,7 +345,7 @@ SAC_STUDY = Study(
 )  # fmt: skip
 
 # DQN from pixels -------------------------------------------------------------------------------
-# Pong: one run of some 40 minutes. The small games of tests/catch_env.py, 2 minutes a run, need
+# Pong: one run of 26 minutes. The small games of tests/catch_env.py, 2 minutes a run, need
 #   PYTHONPATH=tests python benchmarks/run.py catch --seeds 3
 
 ATARI = "algos/dqn_atari.py"
