@@ -44,7 +44,7 @@ Expect   Greedy return over 100 episodes at the end of training, ten seeds which
          Four settings with two critics still crept after 150,000 steps and more.
          MuJoCo (pip install "gymnasium[mujoco]"), 200k steps, 8 to 14 minutes, python benchmarks/run.py mujoco
          --only algos/sac.py --seeds 3, mean (worst): HalfCheetah-v5 6,083 (5,287), Hopper-v5 1,213 (355; two of three
-         seeds leap and fall), Walker2d-v5 1,882 (1,392), Ant-v5 921 (727). Stable-Baselines3 is to follow.
+         seeds still fall early), Walker2d-v5 1,882 (1,392), Ant-v5 921 (727). Stable-Baselines3 is to follow.
          Other environments start from the defaults.
          GPU: not measured yet.
 

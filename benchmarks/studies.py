@@ -328,7 +328,7 @@ SAC_STUDY = Study(
             Variant("fixed temperature 0.1", SAC, PENDULUM, "--no-autotune"),
             Variant("time limit treated as death", SAC, PENDULUM, "--no-bootstrap-truncated"),
             Variant("layer norm in the critics", SAC, PENDULUM, "--layer-norm"),
-        ], [RETURN, Panel("losses/q_values", "mean predicted value")]),
+        ], [RETURN, Panel("losses/q_values", "mean predicted value", bottom=-300)]),
         Group("Steps per gradient step",
               [Variant(f"{steps} steps", SAC, PENDULUM, f"--train-frequency {steps}") for steps in (1, 4)]
               + [SAC_PRESET, Variant("16 steps", SAC, PENDULUM, "--train-frequency 16")],
