@@ -366,7 +366,8 @@ def ratio_lines(study: Study, found: dict[Variant, list[Record]]) -> list[str]:
                 parts.append(f"{name} {middle:.1f} × as good ({spread})")
         if parts:
             lines.append(f"- {one.label} over {other.label}, {one.env}: {'; '.join(parts)}")
-    return ["Seed by seed, where both got there:", "", *lines] if lines else []
+    fold = "<details><summary>Seed by seed, where both got there</summary>"
+    return [fold, "", *lines, "", "</details>"] if lines else []
 
 
 def aggregate_lines(study: Study, found: dict[Variant, list[Record]]) -> list[str]:
