@@ -507,7 +507,7 @@ def test_loss_that_is_not_finite_keeps_the_last_good_checkpoint(script, trained,
         run_script(script, "--resume", folder, *exploding(script), *budget(script, 3))
     assert stop.value.code == 1
     message = capsys.readouterr().err
-    assert re.fullmatch(r"error: .* not finite .*|error: losses/\w+ is (nan|-?inf) .*", message.strip())
+    assert re.fullmatch(r"error: .* not finite .*|error: (losses|charts)/\w+ is (nan|-?inf) .*", message.strip())
     assert str(folder / "model.pt") in message
     assert step <= checkpoint_of(folder)["record"]["step"] <= int(re.search(r"at step (\d+)", message)[1])
     assert all(torch.isfinite(tensor).all() for tensor in tensors_in(checkpoint_of(folder)))
