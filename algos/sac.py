@@ -150,8 +150,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         policy_frequency=1, alpha=0.03, target_entropy=0.0, reward_scale=0.05, hidden=128,
     ),
     "BipedalWalker-v3": dict(
-        total_timesteps=500_000, train_frequency=2, batch_size=128, gamma=0.98, n_step=3, num_critics=1,
-        target_entropy=-0.5, hidden=128,
+        total_timesteps=800_000, train_frequency=2, batch_size=128, n_step=3, num_critics=1, target_entropy=-0.5,
+        layer_norm=True, hidden=128,
     ),
     "MountainCarContinuous-v0": dict(
         total_timesteps=50_000, train_frequency=8, batch_size=128, learning_rate=3e-3, tau=0.02, target_entropy=0.0,
