@@ -37,7 +37,7 @@ Expect   Greedy return over 100 episodes at the end of training, ten seeds which
                                                               steps, median 9.3, slowest 10.2
          MountainCarContinuous-v0      50k    94.2     93.9    90 by 10 of 10, median 9.0, slowest 9.3
          LunarLanderContinuous-v3     400k   233.6     26.0   200 by 9 of 10, median 56, slowest 111
-         BipedalWalker-v3, 4 seeds    800k   316.0    309.1   300 by 3 of 4, median 1,115; 25 minutes a run
+         BipedalWalker-v3, 5 seeds    800k   316.9    309.1   300 by 4 of 5, median 1,125; 25 to 28 minutes a run
          The default run takes 12 to 16 s from Enter to the prompt. The lander's lost seed hovers to the end; the
          median of all ten is 260.
 
