@@ -146,8 +146,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         gamma=0.97, tau=0.03, reward_scale=0.1, hidden=64,
     ),
     "LunarLanderContinuous-v3": dict(
-        total_timesteps=400_000, num_envs=32, train_frequency=16, batch_size=128, learning_rate=2e-3, n_step=3,
-        policy_frequency=1, alpha=0.03, target_entropy=0.0, reward_scale=0.05, hidden=128,
+        total_timesteps=500_000, num_envs=32, buffer_size=100_000, train_frequency=16, batch_size=128,
+        learning_rate=2e-3, n_step=8, policy_frequency=1, alpha=0.03, target_entropy=0.0, reward_scale=0.05,
+        hidden=128,
     ),
     "BipedalWalker-v3": dict(
         total_timesteps=800_000, train_frequency=2, batch_size=128, n_step=3, num_critics=1, target_entropy=-0.5,
