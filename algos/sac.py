@@ -42,9 +42,9 @@ Expect   Greedy return over 100 episodes at the end of training, ten seeds which
          from coming to rest, so two seeds' mean stays below 200 to the end.
 
          MuJoCo (pip install "gymnasium[mujoco]"), 200k steps, 8 to 14 minutes, python benchmarks/run.py mujoco
-         --only algos/sac.py --seeds 3, mean (worst): HalfCheetah-v5 6,083 (5,287), Hopper-v5 1,213 (355; two of three
-         seeds still fall early), Walker2d-v5 1,882 (1,392), Ant-v5 921 (727). Stable-Baselines3's SAC, seed 301 alone:
-         HalfCheetah-v5 7,022 in 49 minutes, Hopper-v5 1,712 in 54.
+         --only algos/sac.py --seeds 3, mean (worst), beside Stable-Baselines3's SAC at equal steps, in 43 to 71 minutes:
+         HalfCheetah-v5 6,083 (5,287), theirs 7,027 (two seeds); Hopper-v5 1,856 (315: one of three seeds still falls
+         early), theirs 1,712 (one seed); Walker2d-v5 1,882 (1,392), theirs 1,903 (one seed); Ant-v5 921 (727).
          Other environments start from the defaults.
          GPU: not measured yet.
 
