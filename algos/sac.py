@@ -42,15 +42,15 @@ Expect   Greedy return over 100 episodes at the end of training, ten seeds which
          from coming to rest, so two seeds' mean stays below 200 to the end.
 
          MuJoCo (pip install "gymnasium[mujoco]"), 200k steps, 8 to 14 minutes, python benchmarks/run.py mujoco
-         --only algos/sac.py --seeds 3, mean (worst), beside Stable-Baselines3's SAC at equal steps, in 43 to 71 minutes:
-         HalfCheetah-v5 6,083 (5,287), theirs 7,027 (two seeds); Hopper-v5 1,856 (315: one of three seeds still falls
+         --only algos/sac.py --seeds 3, mean (worst). At equal steps, Stable-Baselines3's SAC takes 43 to 71 minutes.
+         HalfCheetah-v5 6,083 (5,287), theirs 7,027 (two seeds); Hopper-v5 1,856 (316: one of three seeds still falls
          early), theirs 1,712 (one seed); Walker2d-v5 1,882 (1,392), theirs 1,903 (one seed); Ant-v5 921 (727).
          Other environments start from the defaults.
          GPU: not measured yet.
 
 Deviations from the papers
  1. Several environments are stepped in parallel, and there are fewer gradient steps than environment steps
-    (--train-frequency). The actor and the temperature learn at every second one (--policy-frequency).
+    (--train-frequency). The actor and the temperature learn at every second or third one (--policy-frequency).
  2. The learning rate is annealed to zero: without it the policy of a good moment is often lost again.
  3. Only termination ends the return. An episode cut by a time limit, or whose n-step return would
     reach beyond the newest step, is bootstrapped from the true observation there.
