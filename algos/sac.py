@@ -62,8 +62,8 @@ Deviations from the papers
  7. --reward-scale multiplies rewards inside the learner only (all scores are reported unscaled): it brings
     returns to the size at which the networks learn quickly. The temperature is in the same units.
  8. --repeat-noise holds the actor's noise for some steps (correlated noise helps: Eberhard et al. 2023, Pink Noise
-    Is All You Need). On MountainCarContinuous a first policy so moves far enough to be rewarded, and Hopper more
-    often gets beyond a first leap that ends in a fall.
+    Is All You Need). On MountainCarContinuous a first policy so moves far enough to be rewarded, and Hopper, on two
+    seeds of three instead of one, gets beyond a first leap that ends in a fall.
  9. The replay memory is not saved: after --resume, learning-starts steps fill it before learning goes on.
 """
 
