@@ -41,10 +41,11 @@ Expect   Greedy return over 100 episodes at the end of training, ten seeds which
          The default run takes 15 to 22 s from Enter to the prompt. In training the policy's noise keeps some landers
          from coming to rest, so two seeds' mean stays below 200 to the end.
 
-         MuJoCo (pip install "gymnasium[mujoco]"), 200k steps, 8 to 14 minutes, python benchmarks/run.py mujoco
-         --only algos/sac.py --seeds 3, mean (worst). At equal steps, Stable-Baselines3's SAC takes 43 to 71 minutes.
-         HalfCheetah-v5 6,083 (5,287), theirs 7,027 (two seeds); Hopper-v5 1,856 (316: one of three seeds still falls
-         early), theirs 1,712 (one seed); Walker2d-v5 1,882 (1,392), theirs 1,903 (one seed); Ant-v5 921 (727).
+         MuJoCo (pip install "gymnasium[mujoco]"), 200k steps, 8 to 17 minutes, python benchmarks/run.py mujoco
+         --only algos/sac.py --seeds 3 (10 on HalfCheetah), mean (worst). At equal steps, Stable-Baselines3's SAC takes
+         43 to 85 minutes. HalfCheetah-v5 6,379 (5,287), theirs 7,027 (two seeds); of the others theirs is one seed:
+         Hopper-v5 1,856 (316: one of three still falls early), theirs 1,712; Walker2d-v5 1,882 (1,392), theirs 1,903;
+         Ant-v5 921 (727), theirs 764.
          Other environments start from the defaults.
          GPU: not measured yet.
 

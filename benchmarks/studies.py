@@ -402,7 +402,7 @@ AGAINST_OTHERS = Study(
 )  # fmt: skip
 
 # MuJoCo ----------------------------------------------------------------------------------------
-# Needs pip install "gymnasium[mujoco]". A run: SAC 8 to 14 minutes, PPO 4 to 8, Stable-Baselines3 43 to 71.
+# Needs pip install "gymnasium[mujoco]". A run: SAC 8 to 17 minutes, PPO 4 to 8, Stable-Baselines3 43 to 85.
 
 ROBOTS = ("HalfCheetah-v5", "Hopper-v5", "Walker2d-v5", "Ant-v5")
 PUBLISHED_ROBOTS = {
