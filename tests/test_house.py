@@ -28,7 +28,7 @@ ENDLESS = {
     "algos/sac.py": "--total-timesteps 100000",
     "algos/td3.py": "--total-timesteps 100000",
     "algos/dqn_atari.py": "--total-timesteps 20000",
-    "algos/dynamic_programming.py": "--env FrozenLake-v1 --map-size 32 --gamma 0.99999 --tolerance 1e-300"
+    "algos/dynamic_programming.py": "--env FrozenLake-v1 --map-size 20 --gamma 0.99999 --tolerance 1e-300"
     " --total-timesteps 1000000",
     "rlhf/grpo.py": "--total-episodes 1000000",
     "rlhf/dpo.py": "--total-episodes 1000000",
