@@ -11,7 +11,7 @@ import matplotlib.pyplot
 import numpy as np
 import pytest
 import scipy.stats
-from conftest import ROOT
+from conftest import ROOT, load_script
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import figure
@@ -316,3 +316,21 @@ def test_the_page_says_what_the_results_say():
     rows = memory_and_masks.read()
     assert memory_and_masks.table(rows) in page
     assert memory_and_masks.table([row | {"cpu": "another machine"} for row in rows]).endswith("of another machine.")
+
+
+README_ROW = r"^\| .*? \| `python (algos/\w+\.py)(?: --env (\S+))?` \| (.*?) \|"
+
+
+def test_the_readme_says_what_the_results_say():
+    found = run.collect(studies.SCORES) | run.collect(studies.MUJOCO)
+    results = {(variant.script, variant.env): records for variant, records in found.items()}
+    checked = []
+    for script, env, score in re.findall(README_ROW, (ROOT / "README.md").read_text(), re.M):
+        records = results.get((script, env or load_script(script).Args.env))
+        said = re.match(r"(?:[A-Z]\w+ )?(-?[\d,.]+)(?: after \S+ steps)? \(worst .*?(-?[\d,.]+)\)", score)
+        if records and said:
+            returns = [record["summary"]["eval_return_mean"] for record in records]
+            expected = [run.number(value).removesuffix(".0") for value in (np.mean(returns), min(returns))]
+            assert [number.removesuffix(".0") for number in said.groups()] == expected, score
+            checked.append(script)
+    assert len(checked) >= 12 and "algos/sac.py" in checked
